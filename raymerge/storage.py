@@ -1,0 +1,264 @@
+"""Files anywhere: a location is a local path or a URI (`s3://bucket/key`, `gs://...`), always a plain string.
+
+Local files take the short way through the operating system; everything else goes through `pyarrow.fs`. Writes are
+atomic: a reader sees the old file or the new one, never half of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import posixpath
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from raymerge.errors import StorageError
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """A file below a folder: posix path relative to it, size in bytes, modification time in nanoseconds."""
+
+    path: str
+    size: int
+    mtime: int
+
+
+def is_uri(location: str) -> bool:
+    """Whether a location is a URI rather than a local path."""
+    return "://" in location
+
+
+def join(base: str, *parts: str) -> str:
+    """A location below another one."""
+    if is_uri(base):
+        scheme, rest = base.split("://", 1)
+        return f"{scheme}://{posixpath.join(rest, *parts)}"
+    return os.path.join(base, *parts)
+
+
+def resolve(workspace: str, location: str) -> str:
+    """A location as written in a project file, made absolute from the workspace."""
+    if is_uri(location):
+        return location
+    expanded = os.path.expanduser(location)
+    if os.path.isabs(expanded):
+        return expanded
+    joined = join(workspace, expanded)
+    return joined if is_uri(joined) else os.path.normpath(joined)
+
+
+def name_of(location: str) -> str:
+    """The last part of a location."""
+    return posixpath.basename(location.rstrip("/"))
+
+
+def _filesystem(location: str) -> tuple[Any, str]:
+    import pyarrow.fs
+
+    try:
+        filesystem, path = pyarrow.fs.FileSystem.from_uri(location)
+    except Exception as error:
+        raise StorageError(f"{location}: this location cannot be opened.\n{error}") from error
+    return filesystem, path
+
+
+def exists(location: str) -> bool:
+    """Whether a file or folder is there."""
+    if not is_uri(location):
+        return os.path.exists(location)
+    import pyarrow.fs
+
+    filesystem, path = _filesystem(location)
+    return bool(filesystem.get_file_info(path).type != pyarrow.fs.FileType.NotFound)
+
+
+def read_bytes(location: str) -> bytes:
+    """A file's content. Raises StorageError if it cannot be read."""
+    try:
+        if not is_uri(location):
+            return Path(location).read_bytes()
+        filesystem, path = _filesystem(location)
+        with filesystem.open_input_stream(path) as stream:
+            return bytes(stream.read())
+    except OSError as error:
+        raise StorageError(f"{location}: cannot be read.\n{error.strerror or error}") from error
+
+
+def write_bytes(location: str, data: bytes) -> None:
+    """Write a file whole or not at all, making the folders above it. Raises StorageError if it cannot be."""
+    try:
+        if not is_uri(location):
+            _write_local(Path(location), data)
+            return
+        filesystem, path = _filesystem(location)
+        filesystem.create_dir(posixpath.dirname(path), recursive=True)
+        with filesystem.open_output_stream(path) as stream:  # object stores show the object when it is closed
+            stream.write(data)
+    except OSError as error:
+        raise StorageError(
+            f"{location}: cannot be written.\n{error.strerror or error}. Choose another `output` or free the place."
+        ) from error
+
+
+def _write_local(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            os.fchmod(file.fileno(), 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_json(location: str) -> Any:
+    """A JSON file's value. Raises StorageError if it is not JSON."""
+    try:
+        return json.loads(read_bytes(location))
+    except ValueError as error:
+        raise StorageError(f"{location}: is not JSON.\n{error}") from error
+
+
+def encode_json(value: Any) -> bytes:
+    """JSON as raymerge writes it: sorted keys, so that equal values are equal bytes."""
+    return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def write_json(location: str, value: Any) -> None:
+    """Write a value as JSON, atomically."""
+    write_bytes(location, encode_json(value))
+
+
+def list_files(location: str) -> list[FileInfo]:
+    """All files below a folder, sorted by path; none if the folder is missing. Unfinished writes are left out."""
+    found = _list_local(location) if not is_uri(location) else _list_remote(location)
+    return sorted((f for f in found if not posixpath.basename(f.path).startswith(".")), key=lambda f: f.path)
+
+
+def _list_local(location: str) -> Iterator[FileInfo]:
+    for folder, _, names in os.walk(location):
+        for name in names:
+            full = os.path.join(folder, name)
+            try:
+                status = os.stat(full)
+            except FileNotFoundError:  # renamed or removed while we look
+                continue
+            yield FileInfo(Path(os.path.relpath(full, location)).as_posix(), status.st_size, status.st_mtime_ns)
+
+
+def _list_remote(location: str) -> Iterator[FileInfo]:
+    import pyarrow.fs
+
+    filesystem, path = _filesystem(location)
+    selector = pyarrow.fs.FileSelector(path, recursive=True, allow_not_found=True)
+    for info in filesystem.get_file_info(selector):
+        if info.type == pyarrow.fs.FileType.File:
+            yield FileInfo(posixpath.relpath(info.path, path), info.size, info.mtime_ns or 0)
+
+
+def list_folders(location: str) -> list[str]:
+    """Names of the folders directly below a folder, sorted; none if it is missing."""
+    if not is_uri(location):
+        if not os.path.isdir(location):
+            return []
+        return sorted(entry.name for entry in os.scandir(location) if entry.is_dir())
+    import pyarrow.fs
+
+    filesystem, path = _filesystem(location)
+    selector = pyarrow.fs.FileSelector(path, recursive=False, allow_not_found=True)
+    return sorted(i.base_name for i in filesystem.get_file_info(selector) if i.type == pyarrow.fs.FileType.Directory)
+
+
+def file_info(location: str) -> FileInfo:
+    """Size and time of one file. Raises StorageError if it is not there."""
+    if not is_uri(location):
+        try:
+            status = os.stat(location)
+        except OSError as error:
+            raise StorageError(f"{location}: cannot be read.\n{error.strerror}") from error
+        return FileInfo(location, status.st_size, status.st_mtime_ns)
+    filesystem, path = _filesystem(location)
+    info = filesystem.get_file_info(path)
+    if info.size is None:
+        raise StorageError(f"{location}: there is no such file.")
+    return FileInfo(location, info.size, info.mtime_ns or 0)
+
+
+def open_local(location: str) -> Path:
+    """A path on this machine that holds the file or folder: itself, or a copy fetched once per content state."""
+    if not is_uri(location):
+        return Path(location)
+    files = list_files(location)
+    single = not files
+    state = [file_info(location)] if single else files
+    key = digest_value([location, [[f.path, f.size, f.mtime] for f in state]]).removeprefix("sha256:")[:24]
+    target = Path(tempfile.gettempdir()) / f"raymerge-cache-{os.getuid()}" / key / name_of(location)
+    if not target.exists():
+        partial = target.parent.with_name(f"{key}.{os.getpid()}")
+        for file in state:
+            remote = location if single else join(location, file.path)
+            write_bytes(str(partial / target.name if single else partial / target.name / file.path), read_bytes(remote))
+        try:
+            partial.rename(target.parent)
+        except OSError:  # another process was first; its copy is the same
+            shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def remove(location: str) -> None:
+    """Remove a file or a folder with everything in it, if it is there."""
+    if not is_uri(location):
+        path = Path(location)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        return
+    import pyarrow.fs
+
+    filesystem, path_there = _filesystem(location)
+    kind = filesystem.get_file_info(path_there).type
+    if kind == pyarrow.fs.FileType.Directory:
+        filesystem.delete_dir(path_there)
+    elif kind == pyarrow.fs.FileType.File:
+        filesystem.delete_file(path_there)
+
+
+def digest_bytes(data: bytes) -> str:
+    """Content digest of bytes: `sha256:` and 64 hexadecimal digits."""
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def digest_value(value: Any) -> str:
+    """Digest of a JSON-able value; equal values give equal digests whatever the order of their keys."""
+    return digest_bytes(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
+
+
+def digest(location: str) -> str:
+    """Content digest of a file, remembered while its size and time stay the same."""
+    info = file_info(location)
+    return _digest_of_state(location, info.size, info.mtime)
+
+
+@lru_cache(maxsize=100_000)
+def _digest_of_state(location: str, size: int, mtime: int) -> str:
+    if is_uri(location):
+        return digest_bytes(read_bytes(location))
+    with open(location, "rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+def check_writable(folder: str) -> None:
+    """Raise StorageError now if nothing can be written into a folder, rather than hours later."""
+    probe = join(folder, f".raymerge-{os.getpid()}")
+    write_bytes(probe, b"")
+    remove(probe)

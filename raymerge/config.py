@@ -1,0 +1,231 @@
+"""The project file: where things are, how models are run, which recipes there are.
+
+Unknown keys are refused with the allowed ones. A recipe is kept as written here and given its meaning in
+`raymerge.recipes`, which knows the strategies and methods.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from raymerge import storage
+from raymerge.errors import ProjectError
+
+Grouping = Literal["persona", "cluster", "unified"]
+GROUPINGS: tuple[Grouping, ...] = ("persona", "cluster", "unified")
+DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+class Section(BaseModel):
+    """A frozen part of the project file that knows all its keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Clusters(Section):
+    """Given by a file, or `count` of them found by k-means on the persona embeddings."""
+
+    count: int = Field(default=5, ge=1)
+    seed: int = 0
+    file: str | None = None
+
+
+class Embedding(Section):
+    """What a persona's embedding is: a text encoder over its training examples, its adapter's delta, or a file."""
+
+    model: str = DEFAULT_ENCODER
+    source: str = "auto"  # auto: texts where there are any, else deltas; texts; deltas; or a parquet file of vectors
+    centred: bool = True
+
+
+class Generation(Section):
+    """How a prompt is rendered and an answer is ended. `prompt_format: chat` uses the tokenizer's template."""
+
+    prompt_format: str = "{prompt}"
+    max_new_tokens: int = Field(default=64, ge=1)
+    stop: tuple[str, ...] = ()
+
+    @field_validator("prompt_format")
+    @classmethod
+    def _has_prompt(cls, value: str) -> str:
+        if value != "chat" and "{prompt}" not in value:
+            raise ValueError("must be `chat` or a text with {prompt} in it")
+        return value
+
+
+class Training(Section):
+    """LoRA training. `epochs`, `learning_rate` and `batch_size` may differ by grouping: {persona: 12, unified: 3}."""
+
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16, gt=0)
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    epochs: int | dict[Grouping, int] = 3
+    learning_rate: float | dict[Grouping, float] = 2e-4
+    batch_size: int | dict[Grouping, int] = 8
+    warmup: float = Field(default=0.1, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    seed: int = 0
+    shared_init: bool = True
+    start_from: str | None = None
+    adapters_per_item: int = Field(default=25, ge=1)
+
+    @model_validator(mode="after")
+    def _every_grouping(self) -> Training:
+        for key in ("epochs", "learning_rate", "batch_size"):
+            value = getattr(self, key)
+            if isinstance(value, dict) and set(value) != set(GROUPINGS):
+                raise ValueError(f"{key}: give one number, or one for each of {', '.join(GROUPINGS)}")
+            numbers = value.values() if isinstance(value, dict) else [value]
+            if any(number <= 0 for number in numbers):
+                raise ValueError(f"{key}: must be above 0")
+        return self
+
+    def of(self, grouping: Grouping) -> Training:
+        """The settings of one grouping: every value a single number."""
+        single = {
+            key: value[grouping]
+            for key in ("epochs", "learning_rate", "batch_size")
+            if isinstance(value := getattr(self, key), dict)
+        }
+        return self.model_copy(update=single)
+
+
+class Evaluation(Section):
+    """How answers are scored and in which portions they are dealt to the workers."""
+
+    similarity_model: str = DEFAULT_ENCODER
+    batch_size: int = Field(default=64, ge=1)
+    split: Literal["validation", "test"] = "test"
+    personas_per_item: int = Field(default=50, ge=1)
+    seed: int = 0
+
+
+class Hardware(Section):
+    """What one worker takes of the Ray cluster, and how many there are at most."""
+
+    gpus_per_model: float | Literal["auto"] = "auto"  # auto: one where the Ray cluster has any
+    cpus_per_model: float = Field(default=1, gt=0)
+    gpus_per_merge: float = Field(default=0, ge=0)
+    cpus_per_merge: float = Field(default=1, gt=0)
+    max_model_workers: int | None = Field(default=None, ge=1)
+    max_merge_workers: int | None = Field(default=None, ge=1)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    expert_cache: str = "256MiB"
+    ready_deadline: float = Field(default=600, gt=0)
+    max_attempts: int = Field(default=3, ge=1)
+
+    @field_validator("expert_cache")
+    @classmethod
+    def _is_size(cls, value: str) -> str:
+        parse_size(value)
+        return value
+
+
+class Project(Section):
+    """A project file. `location` is where it was read; every relative path starts at `workspace`."""
+
+    location: str
+    workspace: str = "."
+    base_model: str | None = None
+    personas: str | None = None
+    adapters: str = "adapters/{persona}"
+    unified_adapter: str = "unified"
+    cluster_adapters: str = "clusters/{cluster}"
+    clusters: Clusters = Clusters()
+    embedding: Embedding = Embedding()
+    generation: Generation = Generation()
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    hardware: Hardware = Hardware()
+    output: str = "runs"
+    recipes: dict[str, dict[str, Any]] = {}
+
+    @model_validator(mode="after")
+    def _placeholders(self) -> Project:
+        for key, placeholder in (("adapters", "{persona}"), ("cluster_adapters", "{cluster}")):
+            if placeholder not in getattr(self, key):
+                raise ValueError(f"{key}: must hold {placeholder}")
+        for name in self.recipes:
+            if not name or name.startswith((".", "_")) or any(c in name for c in "/\\ \n"):
+                raise ValueError(f"recipes: {name!r} cannot be the name of a folder")
+        return self
+
+    def path(self, location: str) -> str:
+        """A location of the project file made absolute."""
+        return storage.resolve(self.workspace, location)
+
+    def run_folder(self, recipe: str) -> str:
+        """Where a recipe's run lives."""
+        return storage.join(self.path(self.output), recipe)
+
+    def shared_folder(self) -> str:
+        """What all runs of the output share: embeddings, clusters."""
+        return storage.join(self.path(self.output), "_shared")
+
+    def adapter_location(self, expert: str) -> str:
+        """Where the adapter of a persona, of a cluster (`cluster_03`) or the `unified` one lies."""
+        if expert == "unified":
+            return self.path(self.unified_adapter)
+        if expert.startswith("cluster_"):
+            return self.path(self.cluster_adapters.replace("{cluster}", expert))
+        return self.path(self.adapters.replace("{persona}", expert))
+
+
+def parse_size(text: str) -> int:
+    """Bytes of '8GiB', '512MB', '4096'. Raises ValueError for anything else."""
+    match = re.fullmatch(r"\s*([0-9.]+)\s*(?:([KMGT])(I?)B|B)?\s*", text.upper())
+    if match is None:
+        raise ValueError(f"{text!r} is not a size such as 8GiB or 500MB")
+    number, unit, binary = match.groups()
+    power = " KMGT".index(unit) if unit else 0
+    return int(float(number) * (1024 if binary else 1000) ** power)
+
+
+def load_project(location: str) -> Project:
+    """Read and check a project file. Raises ProjectError with the key and the allowed ones."""
+    location = storage.resolve(os.getcwd(), location)
+    if not storage.exists(location):
+        raise ProjectError(f"{location}: there is no such project file.\n`raymerge init FOLDER` writes one.")
+    try:
+        value = yaml.safe_load(storage.read_bytes(location))
+    except yaml.YAMLError as error:
+        raise ProjectError(f"{location}: is not YAML.\n{error}") from error
+    if not isinstance(value, dict):
+        raise ProjectError(f"{location}: is not a project file.\nExpected keys such as base_model, adapters, recipes.")
+    folder = location.rsplit("/", 1)[0]
+    workspace = storage.resolve(folder, str(value.get("workspace", ".")))
+    try:
+        return Project(**{**value, "location": location, "workspace": workspace})
+    except ValidationError as error:
+        raise ProjectError(f"{location}: {_explain(error)}") from error
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        where = ".".join(str(p) for p in problem["loc"]) or "project"
+        if problem["type"] == "extra_forbidden":
+            allowed = _allowed_keys(problem["loc"][:-1])
+            close = difflib.get_close_matches(str(problem["loc"][-1]), allowed, n=1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            lines.append(f"unknown key `{where}`.{hint}\nAllowed: {', '.join(allowed)}.")
+        else:
+            lines.append(f"`{where}`: {problem['msg'].removeprefix('Value error, ')}; found {problem['input']!r}.")
+    return "\n".join(lines)
+
+
+def _allowed_keys(path: tuple[int | str, ...]) -> list[str]:
+    model: Any = Project
+    for part in path:
+        field = model.model_fields.get(part)
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+            return []
+        model = field.annotation
+    return sorted(name for name in model.model_fields if name != "location")

@@ -1,0 +1,28 @@
+PYTHON ?= python3
+BIN := .venv/bin
+export RAY_AUTH_MODE := token
+
+.PHONY: install demo test check unit bench
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("raymerge needs Python 3.11 or newer; try make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: install  ## the whole path on a world it makes itself: demo/report.html
+	$(BIN)/raymerge demo --out demo $(ARGS)
+
+test: install  ## all tests; `make unit` leaves out those that start Ray or processes
+	$(BIN)/pytest $(ARGS)
+
+unit: install
+	$(BIN)/pytest -m 'not ray and not e2e' $(ARGS)
+
+check: install  ## lint, types, and the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports

@@ -17,8 +17,11 @@ NAME = "manifest.json"
 
 
 def write_artefact(folder: str, files: Mapping[str, bytes], manifest: Mapping[str, Any], key: str) -> None:
-    """Write an artefact's files and then its marker. A marker of an earlier state is removed first."""
-    storage.remove(storage.join(folder, NAME))
+    """Write an artefact's files and then its marker; until then the marker says that the artefact is unfinished.
+
+    So a folder without any marker was not made by raymerge, and one that was interrupted is never taken for one.
+    """
+    storage.write_json(storage.join(folder, NAME), {"unfinished": True})
     listed = {}
     for name in sorted(files):
         storage.write_bytes(storage.join(folder, name), files[name])

@@ -138,6 +138,27 @@ def write_json(location: str, value: Any) -> None:
     write_bytes(location, encode_json(value))
 
 
+def encode_parquet(table: Any) -> bytes:
+    """A pyarrow table as the bytes of a parquet file; equal tables give equal bytes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer, compression="zstd")
+    return bytes(buffer.getvalue().to_pybytes())
+
+
+def read_parquet(location: str) -> Any:
+    """A pyarrow table from a parquet file. Raises StorageError if it is none."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(pa.BufferReader(read_bytes(location)))
+    except pa.ArrowInvalid as error:
+        raise StorageError(f"{location}: is not a parquet file.\n{error}") from error
+
+
 def list_files(location: str) -> list[FileInfo]:
     """All files below a folder, sorted by path; none if the folder is missing. Unfinished writes are left out."""
     found = _list_local(location) if not is_uri(location) else _list_remote(location)

@@ -1,0 +1,69 @@
+import pytest
+from pydantic import ValidationError
+
+from raymerge.config import load_project, parse_size
+from raymerge.errors import ProjectError
+
+
+def write(folder, text):
+    (folder / "p.yaml").write_text(text)
+    return str(folder / "p.yaml")
+
+
+def test_every_path_starts_at_the_workspace(tmp_path):
+    project = load_project(write(tmp_path, "workspace: ws\nadapters: a/{persona}/v7\n"))
+    assert project.workspace == str(tmp_path / "ws")
+    assert project.adapter_location("ann") == str(tmp_path / "ws/a/ann/v7")
+    assert project.adapter_location("unified") == str(tmp_path / "ws/unified")
+    assert project.adapter_location("cluster_02") == str(tmp_path / "ws/clusters/cluster_02")
+    assert project.run_folder("x") == str(tmp_path / "ws/runs/x")
+
+
+def test_a_workspace_may_be_a_bucket(tmp_path):
+    project = load_project(write(tmp_path, "workspace: s3://bucket/team\n"))
+    assert project.run_folder("x") == "s3://bucket/team/runs/x"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("adaptors: x", r"unknown key `adaptors`. Did you mean adapters\?\nAllowed: .*adapters.*base_model"),
+        ("training: {rnak: 8}", r"unknown key `training.rnak`. Did you mean rank\?\nAllowed: adapters_per_item, alpha"),
+        ("training: {rank: 0}", "`training.rank`: .*found 0"),
+        ("training: {epochs: {persona: 3}}", "one for each of persona, cluster, unified"),
+        ("adapters: a", "must hold {persona}"),
+        ("generation: {prompt_format: 'Q:'}", "must be `chat` or a text with {prompt}"),
+        ("hardware: {expert_cache: lots}", "is not a size"),
+        ("recipes: {../x: {strategy: own}}", "cannot be the name of a folder"),
+        ("a: [", "is not YAML"),
+        ("just text", "is not a project file"),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_place(tmp_path, text, message):
+    with pytest.raises(ProjectError, match=message):
+        load_project(write(tmp_path, text))
+
+
+def test_a_missing_file_names_the_way_to_one(tmp_path):
+    with pytest.raises(ProjectError, match="raymerge init"):
+        load_project(str(tmp_path / "none.yaml"))
+
+
+def test_a_project_is_frozen(tmp_path):
+    project = load_project(write(tmp_path, "output: runs"))
+    with pytest.raises(ValidationError):
+        project.output = "elsewhere"
+
+
+def test_settings_of_a_grouping_are_single_numbers(tmp_path):
+    text = "training: {epochs: {persona: 12, cluster: 8, unified: 3}, learning_rate: 0.001}"
+    training = load_project(write(tmp_path, text)).training
+    assert [training.of(g).epochs for g in ("persona", "cluster", "unified")] == [12, 8, 3]
+    assert training.of("cluster").learning_rate == 0.001
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("8GiB", 8 * 2**30), ("500 MB", 500 * 10**6), ("4096", 4096), ("1.5kb", 1500), ("7B", 7)]
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size

@@ -1,0 +1,22 @@
+"""Errors cross processes and can be caught as the built-ins they refine."""
+
+import inspect
+import pickle
+
+import pytest
+
+from raymerge import errors
+
+CLASSES = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, errors.RaymergeError)]
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_survives_pickling(kind):
+    error = pickle.loads(pickle.dumps(kind("a: what\nand why")))
+    assert type(error) is kind
+    assert str(error) == "a: what\nand why"
+
+
+@pytest.mark.parametrize("kind", [c for c in CLASSES if c is not errors.RaymergeError])
+def test_is_also_a_built_in(kind):
+    assert issubclass(kind, ValueError | OSError | RuntimeError)

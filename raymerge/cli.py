@@ -1,0 +1,141 @@
+"""The command line. Thin: every command calls one pipeline, which the scripts in jobs/ call too."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from raymerge.errors import RaymergeError
+
+app = typer.Typer(
+    name="raymerge",
+    help="Merge hundreds of LoRA adapters into better ones, on Ray.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ProjectFile = Annotated[str, typer.Argument(metavar="PROJECT", help="Project file; `raymerge init` writes one.")]
+Recipes = Annotated[list[str] | None, typer.Option("--recipe", help="Only this recipe; may be repeated.")]
+Runs = Annotated[list[str] | None, typer.Option("--run", help="Only this run; may be repeated.")]
+Local = Annotated[bool, typer.Option("--local", help="In this process, without Ray.")]
+Refit = Annotated[bool, typer.Option("--refit", help="Fit clusters and the embeddings' mean anew.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the world and everything made of it.")] = Path("demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="A small world: about two minutes.")] = False,
+    relatedness: Annotated[float | None, typer.Option(min=0, max=1, help="How much neighbours share.")] = None,
+    seed: Annotated[int, typer.Option(help="Another seed is another world.")] = 0,
+    local: Local = False,
+) -> None:
+    """Make a world of personas, train, merge, evaluate and compare."""
+    from raymerge.pipelines.demo import demo as pipeline
+
+    _end(pipeline(str(out), quick=quick, relatedness=relatedness, seed=seed, local=local))
+
+
+@app.command()
+def init(folder: Annotated[Path, typer.Argument(help="A folder of adapters.")]) -> None:
+    """Write a project file for a folder of adapters (and personas, if there are)."""
+    from raymerge.pipelines.init import init as pipeline
+
+    location, lines = pipeline(str(folder))
+    for line in lines:
+        typer.echo(line)
+    typer.echo(f"Wrote {location}. Next: raymerge merge {location}")
+
+
+@app.command()
+def run(project: ProjectFile, recipe: Recipes = None, local: Local = False, refit: Refit = False) -> None:
+    """Train what is missing, merge, evaluate and compare, side by side."""
+    from raymerge.pipelines.run import run as pipeline
+
+    _end(pipeline(project, recipes=recipe or (), local=local, refit=refit))
+
+
+@app.command()
+def train(
+    project: ProjectFile,
+    group_by: Annotated[str, typer.Option(help="persona, cluster or unified.")],
+    start_from: Annotated[str | None, typer.Option(help="Begin from a copy of this adapter.")] = None,
+    local: Local = False,
+    refit: Refit = False,
+) -> None:
+    """Train one adapter per persona, per cluster, or one on everybody."""
+    from raymerge.pipelines.train import train as pipeline
+
+    _end(pipeline(project, group_by=group_by, start_from=start_from, local=local, refit=refit))
+
+
+@app.command()
+def merge(
+    project: ProjectFile,
+    recipe: Recipes = None,
+    strategy: Annotated[str | None, typer.Option(help="A recipe given here instead of in the project file.")] = None,
+    name: Annotated[str | None, typer.Option(help="Its name, by default the strategy's.")] = None,
+    k: Annotated[int | None, typer.Option(min=1, help="Contributors per persona.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, help="Of the softmax over similarities.")] = None,
+    scale: Annotated[str | None, typer.Option(help="A number, or match_norm.")] = None,
+    rank: Annotated[str | None, typer.Option(help="keep, exact, a number, or energy such as 0.95.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what would be done, and do nothing.")] = False,
+    local: Local = False,
+    refit: Refit = False,
+) -> None:
+    """Merge: write the adapters of each recipe."""
+    from raymerge.pipelines.merge import merge as pipeline
+
+    given = {"strategy": strategy, "name": name, "k": k, "temperature": temperature, "scale": scale, "rank": rank}
+    extra = {key: value for key, value in given.items() if value is not None}
+    _end(pipeline(project, recipes=recipe or (), extra=extra, plan=plan, local=local, refit=refit))
+
+
+@app.command()
+def evaluate(
+    project: ProjectFile, run: Runs = None, recipe: Recipes = None, local: Local = False, refit: Refit = False
+) -> None:
+    """Answer and score: runs that were merged, or with --recipe one that writes no adapters."""
+    from raymerge.pipelines.evaluate import evaluate as pipeline
+
+    _end(pipeline(project, runs=run or (), recipes=recipe or (), local=local, refit=refit))
+
+
+@app.command()
+def compare(
+    project: ProjectFile,
+    run: Runs = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The whole comparison as JSON.")] = False,
+) -> None:
+    """Compare evaluated runs: a table, plots, one page."""
+    from raymerge.pipelines.compare import compare as pipeline
+
+    _end(pipeline(project, runs=run or (), as_json=as_json))
+
+
+def _end(status: int) -> None:
+    raise typer.Exit(status)
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run a command. Exit status: 0 all done, 1 some items failed, 2 bad input."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    try:
+        app(args=[a for a in given if a != "--debug"], prog_name="raymerge", standalone_mode=True)
+    except RaymergeError as error:
+        if debug:
+            raise
+        print(f"raymerge: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("raymerge: interrupted. The same command goes on where it stopped.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

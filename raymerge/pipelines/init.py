@@ -1,0 +1,74 @@
+"""`raymerge init FOLDER`: a project file for a folder of adapters, and personas where there are any."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from raymerge import storage
+from raymerge.adapters.peft import read_header
+from raymerge.errors import ProjectError, RaymergeError
+
+NAME = "raymerge.yaml"
+RECIPES: dict[str, dict[str, Any]] = {
+    "own": {"strategy": "own"},
+    "simple_average": {"strategy": "simple_average"},
+    "sparse_moe_k5": {"strategy": "sparse_moe", "k": 5, "temperature": 0.1},
+    "random_k5": {"strategy": "random_k", "of": "sparse_moe_k5"},
+}
+
+
+def init(folder: str) -> tuple[str, list[str]]:
+    """Look into a folder and write its project file. Returns where it is, and what was found, in lines.
+
+    Adapters are the folders with an adapter_config.json, in FOLDER itself or in a folder below it. Raises ProjectError
+    if there are none or a project file is there already.
+    """
+    folder = storage.resolve(os.getcwd(), folder)
+    target = storage.join(folder, NAME)
+    if storage.exists(target):
+        raise ProjectError(f"{target}: is there already.\nEdit it, or remove it first.")
+    template, names = _find_adapters(folder)
+    personas = next((n for n in ("personas.jsonl", "personas.parquet") if storage.exists(storage.join(folder, n))), None)
+    base, found = _base_of(storage.join(folder, template.replace("{persona}", names[0])), names[0])
+    project: dict[str, Any] = {"workspace": ".", "adapters": template}
+    if base is not None:
+        project["base_model"] = base
+    if personas is not None:
+        project["personas"] = personas
+    count = max(1, min(5, len(names) // 4))
+    recipes = RECIPES if len(names) > 1 else {"own": {"strategy": "own"}}
+    project |= {"clusters": {"count": count, "seed": 0}, "output": "runs", "recipes": recipes}
+    text = "# Written by `raymerge init`. README.md says what every key means.\n" + yaml.safe_dump(project, sort_keys=False)
+    storage.write_bytes(target, text.encode())
+    lines = [f"{len(names)} adapters in {template}", found]
+    lines.append(f"examples in {personas}" if personas else "no personas file: routed by the adapters' deltas")
+    return target, lines
+
+
+def _find_adapters(folder: str) -> tuple[str, Sequence[str]]:
+    found: dict[str, list[str]] = {}
+    for file in storage.list_files(folder):
+        parts = file.path.split("/")
+        if parts[-1] == "adapter_config.json" and 2 <= len(parts) <= 3 and parts[0] != "runs":
+            found.setdefault("/".join([*parts[:-2], "{persona}"]), []).append(parts[-2])
+    if not found:
+        raise ProjectError(
+            f"{folder}: holds no adapters.\n"
+            "Expected folders with adapter_config.json and adapter_model.safetensors, here or one folder below."
+        )
+    template = max(found, key=lambda t: (len(found[t]), t))
+    return template, sorted(found[template])
+
+
+def _base_of(location: str, name: str) -> tuple[str | None, str]:
+    try:
+        base = read_header(location).settings.base_model
+    except RaymergeError as error:
+        return None, f"{name}: {str(error).splitlines()[0]}"
+    if base is None:
+        return None, "the adapters name no base model: set base_model to evaluate or train"
+    return base, f"base model {base}, as {name} names it"

@@ -1,0 +1,387 @@
+"""From a project to items: which adapters to train, which rows to merge, which answers to score.
+
+Items are cut by the plan alone, never by what is missing, so that the bytes of a result do not depend on
+interruptions; each item looks for itself whether its result is there.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from raymerge import storage
+from raymerge.adapters.catalogue import Catalogue
+from raymerge.config import GROUPINGS, Grouping, Project, load_project
+from raymerge.errors import AdapterError, PersonaError, ProjectError, RecipeError
+from raymerge.personas import Personas, read_personas
+from raymerge.recipes import Recipe, parse_recipe, parse_recipes
+from raymerge.routing.table import RoutingTable
+from raymerge.runtime.scheduler import Item
+from raymerge.runtime.tasks import (
+    AnswerSource,
+    EmbedTask,
+    EvaluateTask,
+    ExpertRef,
+    GatherTask,
+    MergeTask,
+    SketchTask,
+    TrainGroup,
+    TrainTask,
+)  # fmt: skip
+
+PERSONAS_PER_EMBEDDING = 100
+ADAPTERS_PER_SKETCH = 50
+SKETCH_DIMENSIONS = 4096
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A project with what the driver needs to know of its inputs: names and locations, no weights."""
+
+    project: Project
+    personas: Personas | None
+    recipes: Mapping[str, Recipe]
+    adapters: tuple[str, ...]  # personas whose adapter is there now
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All personas: those with examples, or those with an adapter where there are no examples."""
+        return self.personas.names if self.personas is not None else self.adapters
+
+    def only(self, recipes: Iterable[str]) -> Opened:
+        """The same with these recipes alone."""
+        return replace(self, recipes={name: self.recipes[name] for name in recipes})
+
+    def without_recipes(self) -> Opened:
+        """The same with nothing to merge."""
+        return self.only(())
+
+    def need_personas(self, what: str) -> Personas:
+        """The examples. Raises ProjectError where the project has none."""
+        if self.personas is None:
+            raise ProjectError(f"{self.project.location}: {what} needs `personas`, a file of examples.")
+        return self.personas
+
+    def need_base(self, what: str) -> str:
+        """Where the base model lies. Raises ProjectError where the project names none or it is not there."""
+        base = self.project.base_model
+        if base is None:
+            raise ProjectError(f"{self.project.location}: {what} needs `base_model`.")
+        location = self.project.path(base)
+        if not storage.exists(storage.join(location, "config.json")):
+            raise ProjectError(
+                f"{self.project.location}: base_model {base!r} is not there.\nLooked for {location}/config.json."
+            )
+        return location
+
+
+def open_project(
+    location: str,
+    *,
+    recipes: Sequence[str] = (),
+    extra: Mapping[str, Any] | None = None,
+    start_from: str | None = None,
+) -> Opened:
+    """Read a project and check all that can be known before any work starts.
+
+    recipes: names to keep, all if empty. extra: a recipe given on the command line, as a mapping with its `name`.
+    start_from: overrides `training.start_from`.
+    Raises ProjectError, RecipeError, PersonaError, StorageError.
+    """
+    project = load_project(location)
+    if start_from is not None:
+        project = project.model_copy(
+            update={"training": project.training.model_copy(update={"start_from": start_from})}
+        )
+    _refuse_vanishing_output(project)
+    parsed = parse_recipes(project.recipes, centred=project.embedding.centred)
+    if extra is not None:
+        written = {k: v for k, v in extra.items() if k != "name"}
+        parsed = {extra["name"]: parse_recipe(extra["name"], written, centred=project.embedding.centred)}
+    for name in recipes:
+        if name not in parsed:
+            close = difflib.get_close_matches(name, list(parsed), n=1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise RecipeError(f"{location}: unknown recipe {name!r}.{hint}\nAllowed: {', '.join(parsed) or 'none'}.")
+    chosen = {name: parsed[name] for name in (recipes or parsed)}
+    personas = read_personas(project.path(project.personas)) if project.personas else None
+    there = Catalogue.from_template(project.path(project.adapters)).names
+    adapters = tuple(n for n in there if personas is None or n in set(personas.names))
+    storage.check_writable(project.path(project.output))
+    return Opened(project, personas, chosen, adapters)
+
+
+def _refuse_vanishing_output(project: Project) -> None:
+    unpacked = "runtime_resources/working_dir_files"
+    if unpacked in project.workspace:
+        raise ProjectError(
+            f"{project.location}: its workspace is the job's unpacked working directory, which Ray removes.\n"
+            "Give `workspace` an absolute path that all nodes see, or a URI such as s3://bucket/team."
+        )
+
+
+def base_digest(location: str) -> str:
+    """One digest for a base model's files: configuration, weights and tokenizer."""
+    files = [f.path for f in storage.list_files(location) if f.path.endswith((".json", ".safetensors", ".model"))]
+    return storage.digest_value([[name, storage.digest(storage.join(location, name))] for name in files])
+
+
+# Training ---------------------------------------------------------------------------------------------------------
+
+
+def check_training(opened: Opened, groupings: Iterable[Grouping]) -> None:
+    """Raise now if something cannot be trained: no base, no examples."""
+    groupings = tuple(groupings)
+    if not groupings:
+        return
+    opened.need_base("training")
+    personas = opened.need_personas("training")
+    empty = [name for name in personas.names if not personas.examples(name, "train")]
+    if empty and "persona" in groupings:
+        raise PersonaError(
+            f"{opened.project.personas}: {empty[0]} has no training examples ({len(empty)} such personas).\n"
+            "Add rows with split train, or leave these personas out."
+        )
+
+
+def training_items(
+    opened: Opened, grouping: Grouping, clusters: Mapping[str, str] | None, *, after: frozenset[str] = frozenset()
+) -> list[Item]:
+    """Items that train one grouping: equal-sized personas side by side, `adapters_per_item` at a time; clusters and
+    the unified adapter one per item, the largest first.
+
+    clusters: persona -> label, needed for grouping `cluster`.
+    """
+    project = opened.project
+    personas = opened.need_personas("training")
+    settings = project.training.of(grouping)
+    groups = _train_groups(opened, personas, grouping, clusters)
+    sizes = {g.name: sum(len(personas.examples(p, "train")) for p in g.personas) for g in groups}
+    start = settings.start_from if grouping == "persona" else None
+    task = {
+        "grouping": grouping,
+        "personas": project.path(project.personas or ""),
+        "training": {**settings.model_dump(mode="json"), "start_from": start},
+        "prompt_format": project.generation.prompt_format,
+        "base_model": opened.need_base("training"),
+        "base_digest": base_digest(opened.need_base("training")),
+        "workspace": project.workspace,
+    }
+    waits = after | ({"train/unified"} if start == project.unified_adapter else frozenset())
+    items = []
+    for number, portion in enumerate(_portions(groups, sizes, settings.adapters_per_item)):
+        label = "unified" if grouping == "unified" else portion[0].name if grouping == "cluster" else f"{number:04d}"
+        name = f"train/{label}" if grouping == "unified" else f"train/{grouping}/{label}"
+        items.append(Item(name, "model", "train", TrainTask(groups=tuple(portion), **task), after=waits))
+    return items
+
+
+def _train_groups(
+    opened: Opened, personas: Personas, grouping: Grouping, clusters: Mapping[str, str] | None
+) -> list[TrainGroup]:
+    project = opened.project
+    if grouping == "unified":
+        return [TrainGroup("unified", project.adapter_location("unified"), personas.names)]
+    if grouping == "persona":
+        return [TrainGroup(name, project.adapter_location(name), (name,)) for name in personas.names]
+    if clusters is None:
+        raise ProjectError(f"{project.location}: training by cluster needs clusters.")
+    members: dict[str, list[str]] = {}
+    for name in personas.names:
+        members.setdefault(clusters[name], []).append(name)
+    return [TrainGroup(label, project.adapter_location(label), tuple(members[label])) for label in sorted(members)]
+
+
+def _portions(groups: Sequence[TrainGroup], sizes: Mapping[str, int], most: int) -> list[list[TrainGroup]]:
+    by_size: dict[int, list[TrainGroup]] = {}
+    for group in groups:
+        by_size.setdefault(sizes[group.name], []).append(group)
+    return [
+        same[start : start + most]
+        for _, same in sorted(by_size.items(), reverse=True)
+        for start in range(0, len(same), most)
+    ]
+
+
+def trained_by(items: Iterable[Item]) -> dict[str, str]:
+    """Adapter name -> id of the item that trains it."""
+    return {g.name: item.id for item in items if isinstance(item.payload, TrainTask) for g in item.payload.groups}
+
+
+# Embeddings -------------------------------------------------------------------------------------------------------
+
+
+def embedding_items(opened: Opened, experts: Sequence[str], trained: Mapping[str, str]) -> list[Item]:
+    """Items that embed the personas by their texts, or the adapters by their deltas."""
+    folder = storage.join(opened.project.shared_folder(), "embeddings")
+    if embedding_source(opened) == "texts":
+        personas = opened.need_personas("embedding")
+        named = [n for n in personas.names if personas.examples(n, "train")]
+        model = opened.project.embedding.model
+        return [
+            Item(
+                f"embed/{number:04d}", "model", "embed",
+                EmbedTask(storage.join(folder, f"texts-{number:04d}"), personas.location, tuple(part), model),
+            )
+            for number, part in enumerate(_cut(named, PERSONAS_PER_EMBEDDING))
+        ]  # fmt: skip
+    return [
+        Item(
+            f"embed/{number:04d}", "merge", "sketch",
+            SketchTask(
+                storage.join(folder, f"deltas-{number:04d}"),
+                tuple((name, opened.project.adapter_location(name)) for name in part), SKETCH_DIMENSIONS, 0,
+            ),
+            after=frozenset(trained[name] for name in part if name in trained),
+        )
+        for number, part in enumerate(_cut(list(experts), ADAPTERS_PER_SKETCH))
+    ]  # fmt: skip
+
+
+def embedding_source(opened: Opened) -> str:
+    """`texts` or `deltas`."""
+    source = opened.project.embedding.source
+    return source if source != "auto" else "texts" if opened.personas is not None else "deltas"
+
+
+def _cut(values: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [values[start : start + size] for start in range(0, len(values), size)]
+
+
+# Runs -------------------------------------------------------------------------------------------------------------
+
+
+def is_reference(recipe: Recipe, experts: Sequence[tuple[str, float]]) -> bool:
+    """Whether a row is an adapter as it is: one contributor at weight 1, unscaled, uncompressed."""
+    return (
+        len(experts) == 1
+        and experts[0][1] == 1.0
+        and recipe.scale in (1.0, "match_norm")
+        and recipe.rank in ("keep", "exact")
+        and recipe.dtype is None
+    )
+
+
+def merge_tasks(opened: Opened, recipe: Recipe, table: RoutingTable) -> tuple[dict[str, MergeTask], dict[str, str]]:
+    """The merges of a run by adapter name, and adapters that need none: name -> location."""
+    folder = storage.join(opened.project.run_folder(recipe.name), "adapters")
+    tasks: dict[str, MergeTask] = {}
+    as_they_are: dict[str, str] = {}
+    for group in table.groups():
+        if not group.experts:
+            continue
+        if is_reference(recipe, group.experts):
+            as_they_are[group.adapter] = opened.project.adapter_location(group.experts[0][0])
+            continue
+        experts = tuple(
+            ExpertRef(name, opened.project.adapter_location(name), weight) for name, weight in sorted(group.experts)
+        )
+        where = storage.join(folder, group.adapter)
+        tasks[group.adapter] = MergeTask(group.adapter, where, experts, recipe.merges, opened.project.workspace)
+    return tasks, as_they_are
+
+
+def merge_items(recipe: Recipe, tasks: Mapping[str, MergeTask], trained: Mapping[str, str]) -> list[Item]:
+    """One item for each merge of a run; it waits for the trainings of its experts alone."""
+    return [
+        Item(
+            f"merge/{recipe.name}/{name}", "merge", "merge", task,
+            after=frozenset(trained[e.name] for e in task.experts if e.name in trained),
+        )
+        for name, task in tasks.items()
+    ]  # fmt: skip
+
+
+def evaluation_items(
+    opened: Opened,
+    recipe: Recipe,
+    table: RoutingTable,
+    trained: Mapping[str, str],
+    *,
+    write_adapters: bool = True,
+) -> list[Item]:
+    """Items that answer and score a run, each waiting for the adapters of its own personas, and one that joins them.
+
+    write_adapters: score the adapters in the run folder; else merge in memory (`rank: exact` as a mixture).
+    """
+    project = opened.project
+    personas = opened.need_personas("evaluation")
+    tasks, as_they_are = merge_tasks(opened, recipe, table)
+    adapter_of = {persona: group for group in table.groups() for persona in group.personas}
+    split = project.evaluation.split
+    scored = [name for name in table.personas if personas.examples(name, split)]
+    if not scored:
+        raise PersonaError(f"{project.personas}: no persona has examples of split {split}; nothing can be evaluated.")
+    folder = storage.join(project.run_folder(recipe.name), "evaluation" if write_adapters else "evaluation_in_memory")
+    items, digest = [], base_digest(opened.need_base("evaluation"))
+    for number, part in enumerate(_cut(scored, project.evaluation.personas_per_item)):
+        sources, waits = [], set()
+        for persona in part:
+            group = adapter_of[persona]
+            source = _source(recipe, persona, group, tasks, as_they_are, write_adapters)
+            sources.append(source)
+            if source.kind == "adapter" and group.adapter in tasks:
+                waits.add(f"merge/{recipe.name}/{group.adapter}")
+            else:
+                waits |= {trained[name] for name, _ in group.experts if name in trained}
+        items.append(
+            Item(
+                f"evaluate/{recipe.name}/{number:04d}", "model", "evaluate",
+                EvaluateTask(
+                    storage.join(folder, "parts", f"{number:04d}"), tuple(sources), personas.location, split,
+                    project.generation.model_dump(mode="json"), project.evaluation.similarity_model,
+                    project.evaluation.batch_size, digest,
+                ),
+                after=frozenset(waits),
+            )
+        )  # fmt: skip
+    gather = GatherTask(folder, tuple(i.payload.folder for i in items), {})
+    ids = frozenset(item.id for item in items)
+    return [*items, Item(f"gather/{recipe.name}", "merge", "gather", gather, after=ids)]
+
+
+def _source(
+    recipe: Recipe, persona: str, group: Any, tasks: Mapping[str, MergeTask], as_they_are: Mapping[str, str],
+    write_adapters: bool,
+) -> AnswerSource:  # fmt: skip
+    if not group.experts:
+        return AnswerSource(persona, "base")
+    if group.adapter in as_they_are:
+        return AnswerSource(persona, "adapter", location=as_they_are[group.adapter])
+    task = tasks[group.adapter]
+    if write_adapters:
+        return AnswerSource(persona, "adapter", location=task.folder)
+    mixed = recipe.rank == "exact" and recipe.method == "linear" and recipe.dtype is None
+    return AnswerSource(persona, "mixture" if mixed else "merge", merge=task)
+
+
+def all_groupings(opened: Opened) -> tuple[Grouping, ...]:
+    """The groupings whose adapters the recipes ask for, as far as there are examples to train them on."""
+    if opened.personas is None:
+        return ()
+    needs: frozenset[str] = frozenset().union(*(recipe.needs for recipe in opened.recipes.values()))
+    wanted = {"persona": "own" in needs, "cluster": "cluster_adapters" in needs, "unified": "unified" in needs}
+    start = opened.project.training.start_from
+    if wanted["persona"] and start is not None and start == opened.project.unified_adapter:
+        wanted["unified"] = True
+    return tuple(grouping for grouping in GROUPINGS if wanted[grouping])
+
+
+def need_recipes(opened: Opened) -> None:
+    """Raise ProjectError if there is nothing to carry out."""
+    if not opened.recipes:
+        raise ProjectError(
+            f"{opened.project.location}: has no recipes.\nAdd one under `recipes`, or name a strategy with --strategy."
+        )
+
+
+def need_adapters(opened: Opened) -> None:
+    """Raise AdapterError if recipes need the personas' adapters and not one is there."""
+    if opened.adapters or not any("own" in recipe.needs for recipe in opened.recipes.values()):
+        return
+    raise AdapterError(
+        f"{opened.project.path(opened.project.adapters)}: there is no adapter.\n"
+        "Expected a folder with adapter_config.json for each persona; `raymerge run` trains what is missing."
+    )

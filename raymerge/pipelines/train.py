@@ -1,0 +1,22 @@
+"""`raymerge train PROJECT --group-by persona|cluster|unified`: train adapters that are missing."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from raymerge.config import GROUPINGS, Grouping
+from raymerge.errors import ProjectError
+from raymerge.pipelines.job import finish
+from raymerge.pipelines.planning import open_project
+from raymerge.pipelines.steps import Steps, run_steps
+
+
+def train(
+    location: str, *, group_by: str, start_from: str | None = None, local: bool = False, refit: bool = False
+) -> int:
+    """Train one grouping. start_from: an adapter to begin from, from the workspace. Returns the exit status."""
+    if group_by not in GROUPINGS:
+        raise ProjectError(f"--group-by {group_by}: unknown grouping.\nAllowed: {', '.join(GROUPINGS)}.")
+    opened = open_project(location, start_from=start_from).without_recipes()
+    steps = Steps(train=(cast(Grouping, group_by),), refit=refit)
+    return finish(run_steps(opened, steps, local=local, title=f"train {group_by}"))

@@ -1,0 +1,162 @@
+"""A recipe: strategy + method + scale + rank, each with its parameters, and a name.
+
+The allowed parameters come from the registries of strategies and methods, so that a mistyped one is answered with
+the right ones. A recipe is plain data: its canonical form is `recipe.json` in the run folder, and its digest is part
+of the key of everything made with it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from raymerge.errors import RankError, RecipeError
+from raymerge.merging.methods import METHODS
+from raymerge.merging.rank import parse_rank
+from raymerge.routing.strategies import STRATEGIES
+
+DEFAULT_RANK: Mapping[str, Any] = {"energy": 0.95, "max": 64}
+REFERENCES = ("base", "own", "unified", "cluster_trained")  # adapters as trained: nothing is merged
+KEYS = ("strategy", "method", "scale", "rank", "anchor", "dtype", "embedding")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run carries out.
+
+    scale: factor on the merged delta, or `match_norm`. rank: see `merging.rank.parse_rank`. anchor: `auto` (what the
+    experts record as their start), `none`, or the location of an adapter. embedding: a parquet file of persona
+    vectors that stands in for the project's embedding, or None. strategy_parameters hold the resolved inner recipe
+    of a control under `of`.
+    """
+
+    name: str
+    strategy: str
+    strategy_parameters: Mapping[str, Any] = field(default_factory=dict)
+    method: str = "linear"
+    method_parameters: Mapping[str, Any] = field(default_factory=dict)
+    scale: float | Literal["match_norm"] = "match_norm"
+    rank: Any = field(default_factory=lambda: dict(DEFAULT_RANK))
+    anchor: str = "auto"
+    dtype: str | None = None
+    embedding: str | None = None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Inputs its strategy needs, of: embeddings, clusters, own, unified, cluster_adapters."""
+        inner = self.strategy_parameters.get("of")
+        needs = frozenset(STRATEGIES[self.strategy].needs)
+        return needs | frozenset(STRATEGIES[inner["strategy"]].needs) if inner else needs
+
+    @property
+    def merges(self) -> dict[str, Any]:
+        """The part that decides how the contributors of one row become an adapter."""
+        return {
+            "method": self.method, "method_parameters": dict(self.method_parameters), "scale": self.scale,
+            "rank": self.rank, "anchor": self.anchor, "dtype": self.dtype,
+        }  # fmt: skip
+
+    def as_dict(self) -> dict[str, Any]:
+        """Canonical form: JSON-able, complete, parameters resolved."""
+        return {
+            "name": self.name, "strategy": self.strategy, "strategy_parameters": dict(self.strategy_parameters),
+            "embedding": self.embedding, **self.merges,
+        }  # fmt: skip
+
+
+def parse_recipe(name: str, written: Mapping[str, Any], *, centred: bool = True) -> Recipe:
+    """Give a recipe of the project file its meaning. Raises RecipeError with the allowed names."""
+    where = f"recipe {name}"
+    if not isinstance(written, Mapping):
+        raise RecipeError(f"{where}: is not a mapping.\nExpected for example {{strategy: sparse_moe, k: 5}}.")
+    strategy = str(written.get("strategy", ""))
+    _known(where, "strategy", strategy, STRATEGIES)
+    method = str(written.get("method", "linear"))
+    _known(where, "method", method, METHODS)
+    strategy_parameters: dict[str, Any] = {}
+    method_parameters: dict[str, Any] = {}
+    allowed = [*STRATEGIES[strategy].parameters, *METHODS[method].parameters, *KEYS]
+    for key, value in written.items():
+        if key in STRATEGIES[strategy].parameters:
+            strategy_parameters[key] = value
+        elif key in METHODS[method].parameters:
+            method_parameters[key] = value
+        elif key not in KEYS:
+            _refuse(where, "parameter", key, allowed)
+    reference = strategy in REFERENCES
+    rank = written.get("rank", "keep" if reference else dict(DEFAULT_RANK))
+    try:
+        parse_rank(rank)
+    except RankError as error:
+        raise RecipeError(f"{where}: {error}") from error
+    return Recipe(
+        name=name,
+        strategy=strategy,
+        strategy_parameters=_resolve(where, strategy, strategy_parameters, centred),
+        method=method,
+        method_parameters={**METHODS[method].parameters, **method_parameters},
+        scale=_scale(where, written.get("scale", 1.0 if reference else "match_norm")),
+        rank=rank,
+        anchor=str(written.get("anchor") or "none") if "anchor" in written else "auto",
+        dtype=written.get("dtype"),
+        embedding=written.get("embedding"),
+    )
+
+
+def _resolve(where: str, strategy: str, parameters: Mapping[str, Any], centred: bool) -> dict[str, Any]:
+    resolved = {**STRATEGIES[strategy].parameters, **parameters}
+    if "centred" in resolved and "centred" not in parameters:
+        resolved["centred"] = centred
+    if "of" in resolved:
+        inner = resolved["of"]
+        if not isinstance(inner, Mapping) or "strategy" not in inner:
+            raise RecipeError(
+                f"{where}: `of` names the strategy that {strategy} controls.\nExpected {{strategy: .., k: ..}} "
+                f"or the name of another recipe; found {inner!r}."
+            )
+        _known(where, "strategy", str(inner["strategy"]), STRATEGIES)
+        own = {k: v for k, v in inner.items() if k != "strategy"}
+        for key in own:
+            if key not in STRATEGIES[inner["strategy"]].parameters:
+                _refuse(where, "parameter", f"of.{key}", list(STRATEGIES[inner["strategy"]].parameters))
+        resolved["of"] = {"strategy": inner["strategy"], **_resolve(where, inner["strategy"], own, centred)}
+    return resolved
+
+
+def parse_recipes(written: Mapping[str, Mapping[str, Any]], *, centred: bool = True) -> dict[str, Recipe]:
+    """All recipes of a project file. `of: NAME` takes strategy, method, scale and rank from the recipe of that name."""
+    return {name: parse_recipe(name, _expand(name, recipe, written), centred=centred) for name, recipe in written.items()}
+
+
+def _expand(name: str, recipe: Mapping[str, Any], written: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    if not isinstance(recipe, Mapping) or not isinstance(recipe.get("of"), str):
+        return recipe
+    if recipe["of"] not in written:
+        _refuse(f"recipe {name}", "recipe in `of`", recipe["of"], list(written))
+    inner = written[recipe["of"]]
+    _known(f"recipe {recipe['of']}", "strategy", str(inner.get("strategy", "")), STRATEGIES)
+    names = STRATEGIES[str(inner["strategy"])].parameters
+    routed = {"strategy": inner["strategy"], **{k: v for k, v in inner.items() if k in names}}
+    copied = {k: v for k, v in inner.items() if k != "strategy" and k not in names}
+    return {**copied, **recipe, "of": routed}
+
+
+def _scale(where: str, value: Any) -> float | Literal["match_norm"]:
+    if value == "match_norm":
+        return "match_norm"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
+        raise RecipeError(f"{where}: scale is a number or match_norm; found {value!r}.")
+    return float(value)
+
+
+def _known(where: str, what: str, name: str, registry: Mapping[str, Any]) -> None:
+    if name not in registry:
+        _refuse(where, what, name, list(registry))
+
+
+def _refuse(where: str, what: str, name: str, allowed: list[str]) -> None:
+    close = difflib.get_close_matches(name, allowed, n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    raise RecipeError(f"{where}: unknown {what} {name!r}.{hint}\nAllowed: {', '.join(sorted(allowed))}.")

@@ -1,0 +1,152 @@
+"""Experts on a worker: read once, kept within a bound in bytes, merged as a task says."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raymerge import storage
+from raymerge.adapters import LoraAdapter
+from raymerge.adapters.peft import encode_adapter, read_adapter
+from raymerge.errors import AdapterError, MergeError, RaymergeError
+from raymerge.manifest import is_complete, write_artefact
+from raymerge.merging import merge
+from raymerge.runtime.tasks import MergeTask
+
+WEIGHT_FILES = ("adapter_model.safetensors", "adapter_config.json")
+
+
+def adapter_digest(location: str) -> str:
+    """Content digest of an adapter's files. Raises AdapterError if one is missing."""
+    try:
+        return storage.digest_value([storage.digest(storage.join(location, name)) for name in WEIGHT_FILES])
+    except OSError as error:
+        raise AdapterError(f"{location}: there is no adapter.\n{error}") from error
+
+
+class ExpertCache:
+    """Adapters read lately, the longest unused dropped first when their bytes exceed the bound."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.held = 0
+        self._entries: OrderedDict[tuple[str, str], LoraAdapter] = OrderedDict()
+
+    def read(self, name: str, location: str) -> LoraAdapter:
+        """The adapter as it is on disk now. Raises AdapterError that names it."""
+        try:
+            key = (location, adapter_digest(location))
+            if key not in self._entries:
+                self._keep(key, read_adapter(location, name))
+        except AdapterError as error:
+            text = str(error)
+            raise type(error)(text if text.startswith(name) else f"{name}: {text}") from error
+        self._entries.move_to_end(key)
+        return self._entries[key]
+
+    def _keep(self, key: tuple[str, str], adapter: LoraAdapter) -> None:
+        self._entries[key] = adapter
+        self.held += adapter.nbytes
+        while self.held > self.limit and len(self._entries) > 1:
+            _, dropped = self._entries.popitem(last=False)
+            self.held -= dropped.nbytes
+
+
+@dataclass(frozen=True)
+class MergeInputs:
+    """A merge task with its inputs found: the anchor's location (or None), and the key of the result."""
+
+    anchor: str | None
+    digests: Mapping[str, str]
+    key: str
+
+
+def find_inputs(task: MergeTask, cache: ExpertCache) -> MergeInputs:
+    """Digests of what a merge reads, and the key they make with the recipe. Raises AdapterError, MergeError."""
+    digests = {}
+    for expert in task.experts:
+        try:
+            digests[expert.name] = adapter_digest(expert.location)
+        except AdapterError as error:
+            raise AdapterError(f"{expert.name}: {error}") from error
+    anchor = _anchor(task, cache)
+    key = storage.digest_value(
+        {
+            "experts": [[e.name, e.weight, digests[e.name]] for e in task.experts],
+            "anchor": adapter_digest(anchor) if anchor else None,
+            "merges": dict(task.merges),
+        }
+    )
+    return MergeInputs(anchor, digests, key)
+
+
+def _anchor(task: MergeTask, cache: ExpertCache) -> str | None:
+    wanted = task.merges["anchor"]
+    if wanted == "none":
+        return None
+    if wanted != "auto":
+        return storage.resolve(task.workspace, wanted)
+    starts = {e.name: cache.read(e.name, e.location).started_from for e in task.experts}
+    if len(set(starts.values())) > 1:
+        listed = ", ".join(f"{name} from {start or 'the base'}" for name, start in sorted(starts.items())[:4])
+        raise MergeError(
+            f"{task.name}: its experts were started from different adapters.\nFound {listed}. "
+            "Set the recipe's `anchor` to an adapter, or to none."
+        )
+    start = next(iter(starts.values()), None)
+    return storage.resolve(task.workspace, start) if start else None
+
+
+def build(task: MergeTask, inputs: MergeInputs, cache: ExpertCache) -> LoraAdapter:
+    """Carry out a merge in memory."""
+    merges = task.merges
+    return merge(
+        [cache.read(e.name, e.location) for e in task.experts],
+        [e.weight for e in task.experts],
+        method=merges["method"],
+        rank=merges["rank"],
+        scale=merges["scale"],
+        anchor=cache.read("anchor", inputs.anchor) if inputs.anchor else None,
+        dtype=merges["dtype"],
+        name=task.name,
+        **merges["method_parameters"],
+    )
+
+
+def merge_to_folder(task: MergeTask, cache: ExpertCache) -> dict[str, Any]:
+    """Carry out a merge unless its result is already there. Returns what the driver reports of it."""
+    inputs = find_inputs(task, cache)
+    if is_complete(task.folder, inputs.key):
+        return {"skipped": True}
+    adapter = build(task, inputs, cache)
+    files = encode_adapter(adapter)
+    manifest = {
+        "name": task.name,
+        "experts": [{"name": e.name, "weight": e.weight, "digest": inputs.digests[e.name]} for e in task.experts],
+        "anchor": adapter_digest(inputs.anchor) if inputs.anchor else None,
+        "merges": dict(task.merges),
+        "error": overall_error(adapter),
+        "errors": dict(sorted(adapter.errors.items())),
+        "ranks": {name: module.rank for name, module in sorted(adapter.modules.items())},
+    }
+    write_artefact(task.folder, files, manifest, inputs.key)
+    return {"skipped": False, "error": manifest["error"], "bytes": sum(len(data) for data in files.values())}
+
+
+def overall_error(adapter: LoraAdapter) -> float:
+    """Relative Frobenius error of a merged adapter over all its modules."""
+    return float(adapter.errors.get("*", 0.0))
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in one line."""
+    text = str(error).strip() or type(error).__name__
+    line = text.splitlines()[0]
+    return line if isinstance(error, RaymergeError) else f"{type(error).__name__}: {line}"
+
+
+def read_all(names: Sequence[tuple[str, str]], cache: ExpertCache) -> list[LoraAdapter]:
+    """Adapters by (name, location), in that order."""
+    return [cache.read(name, location) for name, location in names]

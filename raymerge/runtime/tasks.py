@@ -1,0 +1,113 @@
+"""What an item asks of a worker: small frozen records of names, locations and numbers. No tensors, no texts.
+
+A task says where its result goes. Whether the result is there already is decided by the worker from the digests of
+the inputs as they are when the item starts, because an input may be another item's result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class ExpertRef:
+    """A contributor to a merge: its name, where its adapter lies, its weight."""
+
+    name: str
+    location: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class MergeTask:
+    """One merge group of a recipe, to be written to `folder`.
+
+    merges: `Recipe.merges`. workspace: where relative locations that adapters record (`started_from`) begin.
+    """
+
+    name: str
+    folder: str
+    experts: tuple[ExpertRef, ...]
+    merges: Mapping[str, Any]
+    workspace: str
+
+
+@dataclass(frozen=True)
+class TrainGroup:
+    """One adapter to train: its name, its folder, and the personas whose training examples are its rows."""
+
+    name: str
+    folder: str
+    personas: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TrainTask:
+    """Adapters trained together against one resident base. All groups have the same number of rows.
+
+    training: the settings of one grouping (`config.Training.of`), as a mapping. base_digest: of the base model's files.
+    """
+
+    groups: tuple[TrainGroup, ...]
+    grouping: str
+    personas: str
+    training: Mapping[str, Any]
+    prompt_format: str
+    base_model: str
+    base_digest: str
+    workspace: str
+
+
+@dataclass(frozen=True)
+class AnswerSource:
+    """What answers for one persona: an adapter in a folder, a merge made in memory, a mixture, or the base."""
+
+    persona: str
+    kind: Literal["base", "adapter", "merge", "mixture"]
+    location: str | None = None
+    merge: MergeTask | None = None
+
+
+@dataclass(frozen=True)
+class EvaluateTask:
+    """Answers and scores for a part of a run's personas, written as one part of the evaluation."""
+
+    folder: str
+    sources: tuple[AnswerSource, ...]
+    personas: str
+    split: str
+    generation: Mapping[str, Any]
+    similarity_model: str
+    batch_size: int
+    base_digest: str
+
+
+@dataclass(frozen=True)
+class GatherTask:
+    """Join the parts of a run's evaluation into `generations.parquet`, `metrics.parquet` and `summary.json`."""
+
+    folder: str
+    parts: tuple[str, ...]
+    missing: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class EmbedTask:
+    """Embeddings of a part of the personas: the mean over their training examples of the encoder's unit vectors."""
+
+    folder: str
+    personas: str
+    names: tuple[str, ...]
+    model: str
+
+
+@dataclass(frozen=True)
+class SketchTask:
+    """Embeddings of adapters by their deltas, for a folder of adapters without texts."""
+
+    folder: str
+    adapters: tuple[tuple[str, str], ...]
+    dimensions: int
+    seed: int

@@ -1,0 +1,1 @@
+"""What a row of the comparison is worth: metrics, statistics, the comparison and its report."""

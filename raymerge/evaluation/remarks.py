@@ -1,0 +1,52 @@
+"""What a reader of the comparison must be told beside its figures."""
+
+from collections.abc import Sequence
+
+from raymerge.evaluation.scores import REFERENCES, Aligned, RunScores
+
+LARGE_ERROR = 0.2
+NAMED = 10  # personas named before the rest are counted
+
+
+def remarks(
+    runs: Sequence[RunScores],
+    aligned: Aligned,
+    reference: str,
+    similarity_model: str | None,
+    routing_model: str | None,
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Warnings, which may change what the figures mean, and notes, which help to read them."""
+    warnings = [_missing(name, personas) for name, personas in aligned.missing.items()]
+    if aligned.missing:
+        warnings.append(f"All rows stand on the {len(aligned.personas)} personas that every run answered in full.")
+    names = [run.name for run in runs]
+    if reference not in names:
+        warnings.append(
+            f"No run named {reference} is here, so no difference, no p value and no regression can be shown. "
+            f"Evaluate it and compare again."
+        )
+    warnings += [
+        f"{run.name}: compression lost {run.compression_error:.0%} of the merged deltas (above {LARGE_ERROR:.0%}). "
+        "A higher rank would keep more."
+        for run in runs
+        if run.compression_error is not None and run.compression_error > LARGE_ERROR
+    ]
+    if len(aligned.personas) < 20:
+        warnings.append(f"{len(aligned.personas)} personas are few: intervals are wide, and only approximate.")
+    notes = [f"{run.name}: {note}" for run in runs for note in run.notes]
+    if similarity_model and similarity_model == routing_model:
+        notes.append(
+            f"{similarity_model} both routes and scores, so it judges its own choice. chrF and the likelihood do not."
+        )
+    absent = sorted(REFERENCES - {str(run.recipe.get("strategy")) for run in runs})
+    if absent:
+        notes.append(f"Not compared here: {', '.join(absent)}.")
+    if not any(run.kind == "control" for run in runs):
+        notes.append("No control was compared: random_k, random_cluster or shuffled say what any merge would gain.")
+    return tuple(warnings), tuple(notes)
+
+
+def _missing(name: str, personas: Sequence[str]) -> str:
+    rest = f" and {len(personas) - NAMED} more" if len(personas) > NAMED else ""
+    named = ", ".join(personas[:NAMED])
+    return f"{name}: {len(personas)} personas lack answers and are left out of all rows: {named}{rest}."

@@ -1,0 +1,212 @@
+"""What the comparison is given for each run, and its alignment: the same personas and examples for every row."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from raymerge.errors import EvaluationError
+
+Kind = Literal["recipe", "reference", "control", "ceiling", "external"]
+
+REFERENCES = frozenset({"base", "unified", "own", "cluster_trained"})
+CONTROLS = frozenset({"random_k", "random_cluster", "shuffled"})
+NEIGHBOURS = frozenset({"top_k", "sparse_moe", "soft", "hierarchical", "cluster_average", "learned_router"})
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a run took: seconds of training, merging and evaluating, bytes and number of adapters written."""
+
+    train_s: float | None = None
+    merge_s: float | None = None
+    evaluate_s: float | None = None
+    bytes: int | None = None
+    adapters: int | None = None
+
+    @property
+    def seconds(self) -> float | None:
+        """All seconds known, or None where none is."""
+        known = [s for s in (self.train_s, self.merge_s, self.evaluate_s) if s is not None]
+        return sum(known) if known else None
+
+
+@dataclass(frozen=True)
+class RunScores:
+    """One run, as read from its folder.
+
+    recipe: as in recipe.json; `strategy` decides the kind of row, `strategy_parameters.of` what a control controls.
+    metrics: a row per answer: persona, example (int), similarity (-1 to 1), chrf (0 to 100), nll (nats per token of the
+        reference), exact (bool or 0 to 1). The last three may be null or absent.
+    generations: persona, example, prompt, reference, generated; None where answers were not kept.
+    routing: persona, expert, weight; None where there is no routing table.
+    validation_similarity: mean on validation examples, 0 to 100, where the recipe was chosen by it.
+    compression_error: overall relative Frobenius error of the merged adapters, None where nothing was compressed.
+    """
+
+    name: str
+    recipe: Mapping[str, Any]
+    metrics: pa.Table
+    generations: pa.Table | None = None
+    routing: pa.Table | None = None
+    costs: Costs = Costs()
+    validation_similarity: float | None = None
+    compression_error: float | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> Kind:
+        """What kind of row the run is."""
+        return kind_of(self.name, self.recipe)
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """The scores of all runs over the personas and examples that all of them answered.
+
+    personas: names (P,), sorted. person: index of the persona of each example (E,). example: its number (E,).
+    metrics: name -> float64 (runs, E), NaN where unknown. missing: run -> personas it lacks, or has incompletely.
+    """
+
+    personas: tuple[str, ...]
+    person: NDArray[np.int64]
+    example: NDArray[np.int64]
+    metrics: Mapping[str, NDArray[np.float64]]
+    missing: Mapping[str, tuple[str, ...]]
+
+    def persona_means(self, metric: str) -> NDArray[np.float64]:
+        """Mean over a persona's examples, those with a figure: (runs, P). NaN where a persona has none."""
+        values = self.metrics[metric]
+        known = np.isfinite(values)
+        means = np.full((len(values), len(self.personas)), np.nan)
+        for run, (row, there) in enumerate(zip(values, known, strict=True)):
+            number = np.bincount(self.person[there], minlength=len(self.personas))
+            total = np.bincount(self.person[there], weights=row[there], minlength=len(self.personas))
+            np.divide(total, number, out=means[run], where=number > 0)
+        return means
+
+
+def kind_of(name: str, recipe: Mapping[str, Any]) -> Kind:
+    """The kind of row a run makes.
+
+    A recipe without a strategy is an external adapter. A name that begins with `oracle` is a ceiling: a recipe told
+    something that no real project knows, such as the true traits of a made-up world.
+    """
+    strategy = recipe.get("strategy")
+    if strategy is None:
+        return "external"
+    if strategy in REFERENCES:
+        return "reference"
+    if strategy in CONTROLS:
+        return "control"
+    return "ceiling" if name.startswith("oracle") else "recipe"
+
+
+def align(runs: Sequence[RunScores]) -> Aligned:
+    """The personas that every run answered in full, with all figures side by side.
+
+    A persona counts as answered in full if the run has each example that any run has for it.
+    Raises EvaluationError for no runs, double names, missing columns, double examples, a similarity that is no number,
+    or no persona in common.
+    """
+    if not runs:
+        raise EvaluationError("There is no run to compare.\nEvaluate one: raymerge evaluate PROJECT --run NAME")
+    _refuse_double_names(runs)
+    columns = [_read(run) for run in runs]
+    names = sorted(set().union(*(column.names for column in columns)))
+    place = {name: index for index, name in enumerate(names)}
+    width = 1 + max(int(column.example.max(initial=0)) for column in columns)
+    keys = [np.array([place[n] for n in c.names], dtype=np.int64)[c.codes] * width + c.example for c in columns]
+    for run, run_keys in zip(runs, keys, strict=True):
+        _refuse_double_examples(run, run_keys, names, width)
+    union = np.unique(np.concatenate(keys))
+    expected = np.bincount(union // width, minlength=len(names))
+    complete = np.stack([np.bincount(k // width, minlength=len(names)) == expected for k in keys])
+    missing = {
+        run.name: tuple(names[i] for i in np.flatnonzero(~there))
+        for run, there in zip(runs, complete, strict=True)
+        if not there.all()
+    }
+    common = np.flatnonzero(complete.all(axis=0))
+    if not len(common):
+        raise EvaluationError(_nothing_in_common(runs, columns))
+    kept = union[np.isin(union // width, common)]
+    metrics = {
+        metric: np.stack([_pick(c.values[metric], k, kept) for c, k in zip(columns, keys, strict=True)])
+        for metric in ("similarity", "chrf", "nll", "exact")
+    }
+    person = np.searchsorted(common, kept // width)
+    return Aligned(tuple(names[i] for i in common), person, kept % width, metrics, missing)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    names: tuple[str, ...]
+    codes: NDArray[np.int64]
+    example: NDArray[np.int64]
+    values: Mapping[str, NDArray[np.float64]]
+
+
+def _read(run: RunScores) -> _Columns:
+    table = run.metrics
+    for needed in ("persona", "example", "similarity"):
+        if needed not in table.column_names:
+            raise EvaluationError(
+                f"{run.name}: metrics have no column {needed!r}.\n"
+                f"Found: {', '.join(table.column_names)}. Evaluate the run again."
+            )
+    persona = table["persona"].combine_chunks().cast(pa.string()).dictionary_encode()
+    example = table["example"].to_numpy().astype(np.int64)
+    if len(example) and example.min() < 0:
+        raise EvaluationError(f"{run.name}: metrics hold the example number {example.min()}; they count from 0.")
+    values = {metric: _figures(table, metric) for metric in ("similarity", "chrf", "nll", "exact")}
+    names = tuple(persona.dictionary.to_pylist())
+    codes = persona.indices.to_numpy().astype(np.int64)
+    unscored = np.flatnonzero(~np.isfinite(values["similarity"]))
+    if len(unscored):
+        where = f"{names[codes[unscored[0]]]}, example {example[unscored[0]]}"
+        raise EvaluationError(
+            f"{run.name}: the similarity of {len(unscored)} answers is no number, first {where}.\n"
+            "Evaluate the run again."
+        )
+    return _Columns(names, codes, example, values)
+
+
+def _figures(table: pa.Table, metric: str) -> NDArray[np.float64]:
+    if metric not in table.column_names:
+        return np.full(table.num_rows, np.nan)
+    return np.asarray(table[metric].cast(pa.float64()).to_numpy(), dtype=np.float64)
+
+
+def _pick(values: NDArray[np.float64], keys: NDArray[np.int64], kept: NDArray[np.int64]) -> NDArray[np.float64]:
+    order = np.argsort(keys, kind="stable")
+    return values[order[np.searchsorted(keys[order], kept)]]
+
+
+def _refuse_double_names(runs: Sequence[RunScores]) -> None:
+    seen: set[str] = set()
+    for run in runs:
+        if run.name in seen:
+            raise EvaluationError(f"{run.name}: two runs of this name cannot stand in one table.\nRename one of them.")
+        seen.add(run.name)
+
+
+def _refuse_double_examples(run: RunScores, keys: NDArray[np.int64], names: Sequence[str], width: int) -> None:
+    once, times = np.unique(keys, return_counts=True)
+    if len(once) < len(keys):
+        double = int(once[times > 1][0])
+        raise EvaluationError(
+            f"{run.name}: metrics hold {names[double // width]}, example {double % width} twice.\n"
+            "One answer per example is expected. Evaluate the run again."
+        )
+
+
+def _nothing_in_common(runs: Sequence[RunScores], columns: Sequence[_Columns]) -> str:
+    found = "; ".join(f"{run.name}: {len(c.names)} personas" for run, c in zip(runs, columns, strict=True))
+    return (
+        "The runs have no persona in common with the same examples, so nothing can be compared.\n"
+        f"Found: {found}.\nEvaluate them on the same personas and the same test examples."
+    )

@@ -1,0 +1,176 @@
+"""What the comparison says in one sentence, with the care that such a sentence needs.
+
+Neighbours are worth asking only if a recipe that asks them beats its own control, the same recipe with other experts;
+merging is worth it only if that recipe also beats the reference. The best of several recipes looks better than it is,
+so its intervals are widened for the number of recipes it was picked from (Bonferroni), unless it was picked on
+validation examples. Where a recipe has several controls it has to beat the strongest.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from raymerge.evaluation import statistics
+from raymerge.evaluation.scores import NEIGHBOURS, Kind
+from raymerge.evaluation.statistics import Values
+
+Outcome = Literal["gains", "loses", "nothing", "unknown"]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What the verdict needs to know of a row besides its scores."""
+
+    name: str
+    kind: Kind
+    recipe: Mapping[str, Any]
+    validation_similarity: float | None = None
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A difference of two rows in points, its interval at `level`, and what that interval allows to say."""
+
+    over: str
+    mean: float
+    low: float
+    high: float
+    level: float
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """headline: one sentence. details: what it rests on, a sentence each. row: the recipe it speaks of, or None."""
+
+    headline: str
+    details: tuple[str, ...]
+    row: str | None
+    reference: Gain | None
+    control: Gain | None
+
+
+def judge(rows: Sequence[Standing], scores: Values, means: Values, place: int | None) -> Verdict:
+    """The verdict over rows in order of their scores.
+
+    scores: (rows, personas), points. means: bootstrap means (resamples, rows). place: the reference row, or None.
+    """
+    neighbours = [i for i, row in enumerate(rows) if row.kind == "recipe" and row.recipe["strategy"] in NEIGHBOURS]
+    candidates = neighbours or [i for i, row in enumerate(rows) if row.kind == "recipe"]
+    if not candidates:
+        return Verdict("No recipe was compared, so nothing is said about merging.", (), None, None, None)
+    best, level, how = _pick(rows, candidates)
+    controls = controls_of(rows, best)
+    strongest = min(controls) if controls else None  # rows come best first
+    personas = scores.shape[1]
+    over_reference = None if place is None else _gain(rows, means, scores, best, place, level, personas)
+    over_control = None if strongest is None else _gain(rows, means, scores, best, strongest, level, personas)
+    headline = _headline(rows[best].name, over_reference, over_control, bool(neighbours))
+    matched = _matched(rows, best, strongest)
+    details = [*_comparisons(rows[best].name, over_reference, over_control, matched), how]
+    details += _ceilings(rows, scores, best, place)
+    return Verdict(headline, tuple(details), rows[best].name, over_reference, over_control)
+
+
+def controls_of(rows: Sequence[Standing], row: int) -> list[int]:
+    """Controls of a row: those made of the very same recipe, else of its strategy, else all controls there are."""
+    controls = [i for i, r in enumerate(rows) if r.kind == "control"]
+    same = [i for i in controls if _is_control_of(rows[i].recipe, rows[row].recipe)]
+    alike = [i for i in controls if _of(rows[i].recipe).get("strategy") == rows[row].recipe["strategy"]]
+    return same or alike or controls
+
+
+def _matched(rows: Sequence[Standing], row: int, control: int | None) -> bool:
+    return control is not None and _is_control_of(rows[control].recipe, rows[row].recipe)
+
+
+def _is_control_of(control: Mapping[str, Any], recipe: Mapping[str, Any]) -> bool:
+    routed = {"strategy": recipe["strategy"], **recipe.get("strategy_parameters", {})}
+    return _of(control) == routed and all(
+        control.get(k) == recipe.get(k) for k in ("method", "method_parameters", "scale", "rank", "anchor")
+    )
+
+
+def _of(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    inner = recipe.get("strategy_parameters", {}).get("of", {})
+    return inner if isinstance(inner, Mapping) else {}
+
+
+def _pick(rows: Sequence[Standing], candidates: Sequence[int]) -> tuple[int, float, str]:
+    chosen_before = {i: v for i in candidates if (v := rows[i].validation_similarity) is not None}
+    if len(candidates) == 1:
+        return candidates[0], 0.95, f"{rows[candidates[0]].name} is the only recipe of its kind."
+    if len(chosen_before) == len(candidates):
+        best = max(candidates, key=lambda i: (chosen_before[i], -i))
+        return best, 0.95, f"{rows[best].name} was chosen among {len(candidates)} recipes on validation examples."
+    how = (
+        f"{rows[candidates[0]].name} was picked among {len(candidates)} recipes by these very test examples; "
+        "the intervals above are widened for that."
+    )
+    return candidates[0], 1 - 0.05 / len(candidates), how
+
+
+def _gain(
+    rows: Sequence[Standing], means: Values, scores: Values, row: int, other: int, level: float, personas: int
+) -> Gain:
+    low, high = (float(b[0]) for b in statistics.interval(means[:, [row]] - means[:, [other]], personas, level))
+    outcome: Outcome = "nothing"
+    if not np.isfinite(low):
+        outcome = "unknown"
+    elif low > 0:
+        outcome = "gains"
+    elif high < 0:
+        outcome = "loses"
+    return Gain(rows[other].name, float((scores[row] - scores[other]).mean()), low, high, level, outcome)
+
+
+def _headline(name: str, reference: Gain | None, control: Gain | None, neighbours: bool) -> str:
+    merging = "Merging neighbours" if neighbours else "Merging"
+    worth = "unknown" if reference is None else reference.outcome
+    real = "unknown" if control is None else control.outcome
+    if real == "nothing" and control is not None:
+        return f"{merging} gains nothing: {name} does no better than its control {control.over}."
+    if real == "loses" and control is not None:
+        return f"{merging} gains nothing: {name} does worse than its control {control.over}."
+    if worth == "gains" and reference is not None:
+        caveat = "" if real == "gains" else ", but no control says whether neighbours are the reason"
+        return f"{merging} gains {reference.mean:+.1f} points over {reference.over}{caveat if neighbours else ''}."
+    if worth in ("loses", "nothing") and reference is not None:
+        than = "does worse than" if worth == "loses" else "does no better than"
+        prefix = "Neighbours know something, but m" if real == "gains" else "M"
+        return f"{prefix}{merging[1:]} does not pay: {name} {than} {reference.over}."
+    if real == "gains" and control is not None:
+        return f"{merging} gains {control.mean:+.1f} points over random experts; there is no reference to compare with."
+    return f"{name} cannot be judged: it needs a reference, a control and at least two personas."
+
+
+def _comparisons(name: str, reference: Gain | None, control: Gain | None, matched: bool) -> list[str]:
+    sentences = []
+    if reference is not None:
+        sentences.append(f"{name} against {reference.over}: {_figures(reference)}.")
+    if control is not None:
+        which = "its control" if matched else "a control made of another recipe,"
+        sentences.append(f"{name} against {which} {control.over}: {_figures(control)}.")
+    else:
+        sentences.append("No control was run (random_k, random_cluster or shuffled), so neighbours are not credited.")
+    return sentences
+
+
+def _figures(gain: Gain) -> str:
+    if gain.outcome == "unknown":
+        return f"{gain.mean:+.2f} points, without an interval since there is one persona"
+    meaning = {"gains": "above 0", "loses": "below 0", "nothing": "contains 0"}[gain.outcome]
+    return f"{gain.mean:+.2f} points, {100 * gain.level:.4g} % interval {gain.low:+.2f} to {gain.high:+.2f} ({meaning})"
+
+
+def _ceilings(rows: Sequence[Standing], scores: Values, best: int, place: int | None) -> list[str]:
+    above = [
+        f"{row.name} {scores[i].mean():.1f}"
+        for i, row in enumerate(rows)
+        if i not in (best, place) and row.kind in ("reference", "ceiling", "external") and i < best
+    ]
+    if not above:
+        return []
+    return [f"Above it without being a recipe: {', '.join(above)} (it has {scores[best].mean():.1f})."]

@@ -1,0 +1,63 @@
+"""The linear layers of a model: which there are, their shapes, and answering in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from raymerge.errors import ModelError
+
+Forward = Callable[[Tensor], Tensor]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is nn.Linear or the Conv1D of GPT-2."""
+    return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a linear layer keeps its weight as (in_features, out_features)."""
+    return isinstance(module, Conv1D)
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear layer by its dotted path."""
+    return {name: module for name, module in model.named_modules() if is_linear(module)}
+
+
+def shape_of(module: Any) -> tuple[int, int]:
+    """(out_features, in_features) of a linear layer."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    inner, outer = module.weight.shape
+    return int(outer), int(inner)
+
+
+def frozen_weight(module: Any) -> Tensor:
+    """A linear layer's weight as (out_features, in_features), a view. Raises ModelError if it is quantised."""
+    weight: Tensor = module.weight.detach()
+    if not weight.is_floating_point():
+        raise ModelError(f"the base model's weights are {weight.dtype}.\nExpected float32, bfloat16 or float16.")
+    return weight.T if is_transposed(module) else weight
+
+
+def wrap(module: nn.Module, adapt: Callable[[Forward, Tensor], Tensor]) -> Callable[[], None]:
+    """Let `adapt(original_forward, x)` answer for a module; returns what puts the module back."""
+    attributes = module.__dict__
+    previous = attributes.get("forward")
+    original = module.forward
+
+    def forward(x: Tensor) -> Tensor:
+        return adapt(original, x)
+
+    def restore() -> None:
+        if previous is None:
+            del attributes["forward"]
+        else:
+            attributes["forward"] = previous
+
+    attributes["forward"] = forward
+    return restore

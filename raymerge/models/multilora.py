@@ -1,0 +1,297 @@
+"""Many adapters on one resident base model: every row of a batch has its own adapter, or its own mixture.
+
+The factors of all loaded adapters are stacked per module, ranks padded with zeros (a module that an adapter lacks is
+all zero). Rows that share an adapter stand together, so a module costs two batched products whatever the number of
+adapters: h = x A^T, y += h B^T. A mixture of k experts is one adapter of k times the rank, its weights folded into B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from raymerge.adapters.adapter import LoraAdapter, LoraModule
+from raymerge.errors import ModelError
+from raymerge.models.layers import Forward, frozen_weight, linear_modules, shape_of, wrap
+
+# Copies of factors that a batch of mixtures may make beyond twice what is loaded, in bytes.
+_MIXTURE_COPIES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One module's factors of n adapters, scaling folded into Bt.
+
+    A: (n, rank, in_features). Bt: (n, rank, out_features). Both in the model's dtype, on its device.
+    """
+
+    A: Tensor
+    Bt: Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Rows of a batch dealt into groups of equal size that share an adapter.
+
+    adapters: int64 (groups,). size: rows of a group.
+    slots: int64 (groups * size,), the row in each slot (row 0 where a group is not full).
+    rows: int64 (m,), rows that have an adapter; places: int64 (m,), the slot of each.
+    All three are None where the slots are the rows, in order.
+    """
+
+    batch: int
+    adapters: Tensor
+    size: int
+    slots: Tensor | None = None
+    rows: Tensor | None = None
+    places: Tensor | None = None
+
+
+class MultiLora:
+    """Adapters attached to a model; without an active `rows` or `mixtures` the model is the base."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.names: tuple[str, ...] = ()
+        self._factors: dict[str, Factors] = {}
+        self._active: dict[str, Factors] = {}
+        self._layout: Layout | None = None
+        self._dense: Tensor | None = None
+        self._restores: list[Callable[[], None]] = []
+
+    @property
+    def module_names(self) -> tuple[str, ...]:
+        """Modules that some loaded adapter changes, sorted."""
+        return tuple(self._factors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stacked factors on the device."""
+        return sum(_nbytes(f) for f in self._factors.values())
+
+    def load(self, adapters: Sequence[LoraAdapter]) -> None:
+        """Attach these adapters, in this order, in place of all that were loaded.
+
+        Raises ModelError if an adapter names a module that the model lacks, or has another shape.
+        """
+        self.detach()
+        linear = linear_modules(self.model)
+        wanted = sorted({name for adapter in adapters for name in adapter.modules})
+        for adapter in adapters:
+            _check(adapter, linear)
+        self.names = tuple(adapter.name for adapter in adapters)
+        for name in wanted:
+            self._factors[name] = _stacked([adapter.modules.get(name) for adapter in adapters], linear[name])
+            self._restores.append(wrap(linear[name], self._adapter_of(name)))
+
+    def detach(self) -> None:
+        """Put the model back as it was and forget the adapters."""
+        for restore in self._restores:
+            restore()
+        self._restores, self._factors, self.names = [], {}, ()
+
+    @contextmanager
+    def rows(self, index: Tensor | Sequence[int]) -> Iterator[None]:
+        """Run row i of every batch with adapter `index[i]`; -1 is the base alone.
+
+        index: int64 (batch,). Raises ModelError if an index names no adapter.
+        """
+        chosen = [int(i) for i in index]
+        if chosen and not -1 <= min(chosen) <= max(chosen) < len(self.names):
+            found = f"{min(chosen)} to {max(chosen)}"
+            raise ModelError(f"rows name adapters {found}.\nExpected -1 to {len(self.names) - 1}.")
+        layout = plan_layout(chosen, self._device())
+        with self._activated(layout, {n: _selected(f, layout.adapters) for n, f in self._factors.items()}):
+            yield
+
+    @contextmanager
+    def mixtures(self, weights: Tensor) -> Iterator[None]:
+        """Run row i of every batch with the sum over adapters j of weights[i, j] times adapter j.
+
+        weights: floating (batch, adapters); a row of zeros is the base. Raises ModelError if the shape differs or a
+        weight is not finite.
+        """
+        weights = torch.as_tensor(weights).detach().to("cpu", torch.float64)
+        if weights.ndim != 2 or weights.shape[1] != len(self.names):
+            raise ModelError(f"mixture weights are {tuple(weights.shape)}.\nExpected (rows, {len(self.names)}).")
+        if not bool(torch.isfinite(weights).all()):
+            raise ModelError("mixture weights hold NaN or Inf.\nEvery weight must be a finite number.")
+        unique, inverse = torch.unique(weights, dim=0, return_inverse=True)
+        most = int((unique != 0).sum(1).max()) if len(unique) else 0
+        used = torch.nonzero((weights != 0).any(0)).flatten()
+        if self._is_cheaper_apart(len(unique), most, len(used)):
+            index = torch.where((unique != 0).any(1)[inverse], inverse, -1)
+            layout = plan_layout(index.tolist(), self._device())
+            with self._activated(layout, self._mixed(unique, max(most, 1), layout)):
+                yield
+        else:
+            with self._activated(None, self._joined(used), weights[:, used].to(self._device())):
+                yield
+
+    def _is_cheaper_apart(self, unique: int, most: int, used: int) -> bool:
+        """Whether mixtures run as adapters of their own rather than as one product over all experts in use."""
+        copies = unique * most * (self.nbytes // max(len(self.names), 1))
+        return used == 0 or (2 * most <= used and copies <= max(2 * self.nbytes, _MIXTURE_COPIES))
+
+    def _mixed(self, unique: Tensor, most: int, layout: Layout) -> dict[str, Factors]:
+        chosen = unique[layout.adapters.cpu()]
+        experts = torch.argsort((chosen != 0).to(torch.int8), dim=1, descending=True, stable=True)[:, :most]
+        weights = chosen.gather(1, experts)
+        mixed = {}
+        for name, factors in self._factors.items():
+            place = factors.A.device
+            A = factors.A[experts.to(place)].flatten(1, 2)
+            Bt = factors.Bt[experts.to(place)] * weights.to(place, factors.Bt.dtype)[:, :, None, None]
+            mixed[name] = Factors(A, Bt.flatten(1, 2))
+        return mixed
+
+    def _joined(self, used: Tensor) -> dict[str, Factors]:
+        """All experts in use side by side as one adapter; the weights scale its inner dimension row by row."""
+        joined = {}
+        for name, factors in self._factors.items():
+            part = _selected(factors, used.to(factors.A.device))
+            joined[name] = Factors(part.A.flatten(0, 1), part.Bt.flatten(0, 1))
+        return joined
+
+    @contextmanager
+    def _activated(
+        self, layout: Layout | None, active: dict[str, Factors], dense: Tensor | None = None
+    ) -> Iterator[None]:
+        if self._active:
+            raise ModelError("rows or mixtures are active already.\nLeave one `with` block before the next.")
+        self._active = active
+        self._layout = layout
+        self._dense = dense
+        try:
+            yield
+        finally:
+            self._active, self._layout, self._dense = {}, None, None
+
+    def _adapter_of(self, name: str) -> Callable[[Forward, Tensor], Tensor]:
+        def adapt(original: Forward, x: Tensor) -> Tensor:
+            out = original(x)
+            factors = self._active.get(name)
+            if factors is None:
+                return out
+            if torch.is_grad_enabled():
+                out = out.clone()  # autograd may need what the layer computed
+            if self._dense is not None:
+                return add_dense(out, x, factors, self._dense)
+            assert self._layout is not None
+            return add_grouped(out, x, factors, self._layout)
+
+        return adapt
+
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def add_grouped(out: Tensor, x: Tensor, factors: Factors, layout: Layout) -> Tensor:
+    """Add each row's delta to `out` (batch, ..., out_features) in place; x (batch, ..., in_features)."""
+    groups = len(layout.adapters)
+    if groups == 0:
+        return out
+    rows = _as_rows(x.contiguous(), layout.batch)
+    target = _as_rows(out, layout.batch)
+    if layout.slots is None:
+        inner = torch.bmm(rows.reshape(groups, -1, rows.shape[-1]), factors.A.transpose(1, 2))
+        target.view(groups, -1, target.shape[-1]).baddbmm_(inner, factors.Bt)
+        return out
+    assert layout.rows is not None
+    assert layout.places is not None
+    dealt = rows.index_select(0, layout.slots).view(groups, -1, rows.shape[-1])
+    delta = torch.bmm(torch.bmm(dealt, factors.A.transpose(1, 2)), factors.Bt)
+    delta = delta.view(len(layout.slots), -1, delta.shape[-1])
+    target.index_add_(0, layout.rows, delta.index_select(0, layout.places))
+    return out
+
+
+def add_dense(out: Tensor, x: Tensor, factors: Factors, weights: Tensor) -> Tensor:
+    """Add each row's mixture to `out` in place: one product over all experts, scaled by weights (batch, experts)."""
+    rows = _as_rows(x.contiguous(), len(weights))
+    inner = rows @ factors.A.T
+    experts = weights.shape[1]
+    scale = weights.to(inner.device, inner.dtype)[:, None, :, None]
+    inner = (inner.view(*inner.shape[:2], experts, -1) * scale).flatten(2)
+    _as_rows(out, len(weights)).view(-1, out.shape[-1]).addmm_(inner.flatten(0, 1), factors.Bt)
+    return out
+
+
+def plan_layout(index: Sequence[int], device: torch.device) -> Layout:
+    """Deal rows into groups of equal size that share an adapter, with the least padding and reading of factors."""
+    of_adapter: dict[int, list[int]] = {}
+    for row, adapter in enumerate(index):
+        if adapter >= 0:
+            of_adapter.setdefault(adapter, []).append(row)
+    counts = [len(rows) for rows in of_adapter.values()]
+
+    def cost(size: int) -> tuple[int, int]:
+        groups = sum(-(-count // size) for count in counts)
+        return groups * size + groups, -size
+
+    size = min({1, *counts}, key=cost)
+    adapters: list[int] = []
+    slots: list[int] = []
+    rows: list[int] = []
+    places: list[int] = []
+    for adapter, members in of_adapter.items():
+        for start in range(0, len(members), size):
+            group = members[start : start + size]
+            places += range(len(slots), len(slots) + len(group))
+            rows += group
+            slots += group + [0] * (size - len(group))
+            adapters.append(adapter)
+    chosen = torch.tensor(adapters, dtype=torch.int64, device=device)
+    if slots == list(range(len(index))):
+        return Layout(len(index), chosen, size)
+    dealt = [torch.tensor(part, dtype=torch.int64, device=device) for part in (slots, rows, places)]
+    return Layout(len(index), chosen, size, *dealt)
+
+
+def _as_rows(x: Tensor, batch: int) -> Tensor:
+    """(batch, tokens, features), also where a model has flattened batch and tokens."""
+    if x.ndim == 3 and x.shape[0] == batch:
+        return x
+    if batch == 0 or (x.numel() // x.shape[-1]) % batch:
+        raise ModelError(f"a batch of {x.shape[0]} rows meets adapters for {batch}.\nName one adapter for each row.")
+    return x.view(batch, -1, x.shape[-1])
+
+
+def _nbytes(factors: Factors) -> int:
+    return factors.A.nbytes + factors.Bt.nbytes
+
+
+def _selected(factors: Factors, adapters: Tensor) -> Factors:
+    if torch.equal(adapters, torch.arange(len(factors.A), device=adapters.device)):
+        return factors
+    return Factors(factors.A.index_select(0, adapters), factors.Bt.index_select(0, adapters))
+
+
+def _check(adapter: LoraAdapter, linear: Mapping[str, nn.Module]) -> None:
+    for name, module in adapter.modules.items():
+        if name not in linear:
+            near = ", ".join(list(linear)[:3])
+            raise ModelError(f"{adapter.name}: the model has no linear layer {name}.\nIt has {near}, ...")
+        if tuple(module.shape) != shape_of(linear[name]):
+            raise ModelError(
+                f"{adapter.name}: {name} is {tuple(module.shape)} (out, in), the model's is {shape_of(linear[name])}.\n"
+                "The adapter was trained on another base model."
+            )
+
+
+def _stacked(modules: Sequence[LoraModule | None], layer: nn.Module) -> Factors:
+    weight = frozen_weight(layer)
+    outer, inner = weight.shape
+    rank = max(module.rank for module in modules if module is not None)
+    A = torch.zeros(len(modules), rank, inner, dtype=weight.dtype)
+    Bt = torch.zeros(len(modules), rank, outer, dtype=weight.dtype)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    for number, module in enumerate(modules):
+        if module is not None:
+            A[number, : module.rank] = module.A
+            Bt[number, : module.rank] = (module.B.to(wide) * module.scaling).T
+    return Factors(A.to(weight.device), Bt.to(weight.device))

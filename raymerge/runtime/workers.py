@@ -6,6 +6,7 @@ mapping: `skipped`, and what the driver wants to tell of it.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from raymerge import storage
@@ -54,8 +55,11 @@ class MergeWorker:
 class ModelWorker:
     """Holds a base model on one device: trains adapters on it, generates and scores answers with it."""
 
-    def __init__(self, base_model: str, dtype: str = "auto", device: str = "auto", expert_cache: str = "256MiB") -> None:
+    def __init__(
+        self, base_model: str, name: str, dtype: str = "auto", device: str = "auto", expert_cache: str = "256MiB"
+    ) -> None:
         self.base_model = base_model
+        self.name = name  # what adapters trained on it record
         self.dtype = dtype
         self.device = device
         self.cache = ExpertCache(parse_size(expert_cache))
@@ -68,7 +72,8 @@ class ModelWorker:
         if self._base is None:
             from raymerge.models.base import load_base
 
-            self._base = load_base(str(storage.open_local(self.base_model)), device=self.device, dtype=self.dtype)
+            loaded = load_base(str(storage.open_local(self.base_model)), device=self.device, dtype=self.dtype)
+            self._base = replace(loaded, location=self.name)
         return self._base
 
     def encoder(self, model: str) -> Any:

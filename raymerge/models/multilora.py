@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from raymerge.adapters.adapter import LoraAdapter, LoraModule
+from raymerge.adapters.adapter import LoraAdapter, ModuleHeader
 from raymerge.errors import ModelError
 from raymerge.models.layers import Forward, frozen_weight, linear_modules, shape_of, wrap
 
@@ -80,12 +80,13 @@ class MultiLora:
         """
         self.detach()
         linear = linear_modules(self.model)
-        wanted = sorted({name for adapter in adapters for name in adapter.modules})
-        for adapter in adapters:
-            _check(adapter, linear)
+        headers = [adapter.headers for adapter in adapters]
+        for adapter, own in zip(adapters, headers, strict=True):
+            _check(adapter.name, own, linear)
         self.names = tuple(adapter.name for adapter in adapters)
-        for name in wanted:
-            self._factors[name] = _stacked([adapter.modules.get(name) for adapter in adapters], linear[name])
+        for name in sorted({name for own in headers for name in own}):
+            having = {number: own[name].rank for number, own in enumerate(headers) if name in own}
+            self._factors[name] = _stacked(adapters, name, having, linear[name])
             self._restores.append(wrap(linear[name], self._adapter_of(name)))
 
     def detach(self) -> None:
@@ -271,27 +272,27 @@ def _selected(factors: Factors, adapters: Tensor) -> Factors:
     return Factors(factors.A.index_select(0, adapters), factors.Bt.index_select(0, adapters))
 
 
-def _check(adapter: LoraAdapter, linear: Mapping[str, nn.Module]) -> None:
-    for name, module in adapter.modules.items():
+def _check(adapter: str, headers: Mapping[str, ModuleHeader], linear: Mapping[str, nn.Module]) -> None:
+    for name, header in headers.items():
         if name not in linear:
             near = ", ".join(list(linear)[:3])
-            raise ModelError(f"{adapter.name}: the model has no linear layer {name}.\nIt has {near}, ...")
-        if tuple(module.shape) != shape_of(linear[name]):
+            raise ModelError(f"{adapter}: the model has no linear layer {name}.\nIt has {near}, ...")
+        if header.shape != shape_of(linear[name]):
             raise ModelError(
-                f"{adapter.name}: {name} is {tuple(module.shape)} (out, in), the model's is {shape_of(linear[name])}.\n"
+                f"{adapter}: {name} is {header.shape} (out, in), the model's is {shape_of(linear[name])}.\n"
                 "The adapter was trained on another base model."
             )
 
 
-def _stacked(modules: Sequence[LoraModule | None], layer: nn.Module) -> Factors:
+def _stacked(adapters: Sequence[LoraAdapter], name: str, ranks: Mapping[int, int], layer: nn.Module) -> Factors:
+    """One module's factors of all adapters, ranks by the number of the adapter; each is read once."""
     weight = frozen_weight(layer)
     outer, inner = weight.shape
-    rank = max(module.rank for module in modules if module is not None)
-    A = torch.zeros(len(modules), rank, inner, dtype=weight.dtype)
-    Bt = torch.zeros(len(modules), rank, outer, dtype=weight.dtype)
+    A = torch.zeros(len(adapters), max(ranks.values()), inner, dtype=weight.dtype)
+    Bt = torch.zeros(len(adapters), max(ranks.values()), outer, dtype=weight.dtype)
     wide = torch.promote_types(weight.dtype, torch.float32)
-    for number, module in enumerate(modules):
-        if module is not None:
-            A[number, : module.rank] = module.A
-            Bt[number, : module.rank] = (module.B.to(wide) * module.scaling).T
+    for number, rank in ranks.items():
+        module = adapters[number].modules[name]
+        A[number, :rank] = module.A.detach()
+        Bt[number, :rank] = (module.B.detach().to(wide) * module.scaling).T
     return Factors(A.to(weight.device), Bt.to(weight.device))

@@ -160,16 +160,18 @@ def _targets(base: BaseModel, wanted: str | tuple[str, ...]) -> dict[str, nn.Mod
 
 
 def _check_start(start: LoraAdapter, layers: Mapping[str, nn.Module], settings: TrainingSettings) -> None:
-    for name, module in start.modules.items():
+    for name, header in start.headers.items():
         if name not in layers:
-            raise ModelError(f"start_from {start.name}: it changes {name}, which this training does not.")
-        if tuple(module.shape) != shape_of(layers[name]):
             raise ModelError(
-                f"start_from {start.name}: {name} is {tuple(module.shape)}, the model's is {shape_of(layers[name])}."
+                f"start_from {start.name}: it changes {name}, which this training does not.\n"
+                "Set training.target_modules so that it covers the adapter's modules."
             )
-        if module.rank != settings.rank:
+        expected = shape_of(layers[name])
+        if header.shape != expected:
+            raise ModelError(f"start_from {start.name}: {name} is {header.shape}, the model's is {expected}.")
+        if header.rank != settings.rank:
             raise ModelError(
-                f"start_from {start.name}: {name} has rank {module.rank}, training.rank is {settings.rank}.\n"
+                f"start_from {start.name}: {name} has rank {header.rank}, training.rank is {settings.rank}.\n"
                 "A copy keeps its rank: set training.rank to it, or compress the adapter first."
             )
 

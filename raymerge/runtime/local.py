@@ -1,0 +1,100 @@
+"""The same items in this process, one after the other: for debugging, and for machines without Ray."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from raymerge.errors import PoolError
+from raymerge.runtime.events import (
+    Abandon,
+    Event,
+    Instruction,
+    Item,
+    ItemDone,
+    ItemFailed,
+    ItemsAdded,
+    Outcome,
+    Say,
+    Settle,
+    StartWorker,
+    Submit,
+    WorkerFailed,
+    WorkerReady,
+)
+from raymerge.runtime.host import Answer, Host
+from raymerge.runtime.kinds import WorkerKind
+from raymerge.runtime.progress import Progress
+from raymerge.runtime.scheduler import Scheduler
+
+Follow = Callable[[Outcome], Sequence[Item]]
+
+
+def run_local(
+    items: Sequence[Item],
+    kinds: Sequence[WorkerKind],
+    *,
+    follow: Follow | None = None,
+    progress: Progress | None = None,
+    max_attempts: int = 3,
+) -> list[Outcome]:
+    """Carry out items here, with one worker of each kind; otherwise as `run_on_ray`.
+
+    An exception fails its item; one that is no ordinary exception, such as KeyboardInterrupt, ends the run.
+    """
+    import torch  # now, so that each worker's thread count holds from its first item on
+
+    scheduler = Scheduler({kind.name: 1 for kind in kinds}, max_attempts=max_attempts)
+    by_name = {kind.name: kind for kind in kinds}
+    hosts: dict[str, Host] = {}
+    submitted: deque[Submit] = deque()
+    events: deque[Event] = deque([ItemsAdded(tuple(items))])
+    threads_before = torch.get_num_threads()
+    try:
+        with progress or Progress("", quiet=True) as shown:
+            while events or submitted:
+                event = events.popleft() if events else _carry_out(submitted.popleft(), hosts)
+                for instruction in scheduler.handle(event):
+                    match instruction:
+                        case StartWorker(worker, kind):
+                            hosts[worker], started = _start(worker, by_name[kind])
+                            events.append(started)
+                        case Submit():
+                            submitted.append(instruction)
+                        case _:
+                            events.extend(attend(instruction, follow, shown))
+                shown.update(scheduler.snapshot())
+    finally:
+        torch.set_num_threads(threads_before)
+    return scheduler.outcomes()
+
+
+def attend(instruction: Instruction, follow: Follow | None, progress: Progress) -> list[Event]:
+    """What is the same wherever workers live: plan on, talk, stop. Returns what happened by it."""
+    match instruction:
+        case Settle(outcome):
+            more = tuple(follow(outcome)) if follow is not None else ()
+            return [ItemsAdded(more)] if more else []
+        case Say(text):
+            progress.say(text)
+        case Abandon(kind, why):
+            raise PoolError(f"workers of kind {kind}: none can be had\n{why}")
+    return []
+
+
+def answered(submit: Submit, answer: Answer) -> Event:
+    """The event that an answer to an item is."""
+    name, id = submit.worker, submit.item.id
+    if answer.error is None:
+        return ItemDone(name, id, answer.result, answer.seconds, answer.host)
+    return ItemFailed(name, id, answer.error, answer.seconds, answer.host, answer.traceback)
+
+
+def _start(name: str, kind: WorkerKind) -> tuple[Host, Event]:
+    host = Host(kind.factory, kind.arguments, kind.thread_count)
+    error = host.ready().error
+    return host, WorkerReady(name) if error is None else WorkerFailed(name, error)
+
+
+def _carry_out(submit: Submit, hosts: dict[str, Host]) -> Event:
+    return answered(submit, hosts[submit.worker].run(submit.item.call, submit.item.payload))

@@ -14,7 +14,9 @@ from raymerge.errors import PersonaError, ProjectError
 from raymerge.personas import SPLITS, Example, from_examples, read_personas, render_prompt
 
 text = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
-examples = st.lists(st.builds(Example, st.sampled_from(["ann", "bob", "Zoe", "9"]), text, text, st.sampled_from(SPLITS)))
+examples = st.lists(
+    st.builds(Example, st.sampled_from(["ann", "bob", "Zoe", "9"]), text, text, st.sampled_from(SPLITS))
+)
 
 
 def write_lines(path: Path, rows: list[dict[str, object]]) -> str:
@@ -140,7 +142,7 @@ def test_chat_uses_the_tokenizers_template(tiny_llama):
         "{% if add_generation_prompt %}assistant {% endif %}"
     )
     assert render_prompt("w1", "chat", tokenizer) == "user w1\nassistant "
-    with pytest.raises(ProjectError, match="has no {prompt}"):
+    with pytest.raises(ProjectError, match=r"has no \{prompt\}"):
         render_prompt("w1", "Q: prompt")
     with pytest.raises(ProjectError, match="no chat template"):
         render_prompt("w1", "chat")

@@ -1,0 +1,56 @@
+"""The parameters of strategies: their defaults, and what each may be."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+from raymerge.errors import RoutingError
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = MappingProxyType(
+    {
+        "k": (_count, "a whole number, 1 or more"),
+        "top_clusters": (_count, "a whole number, 1 or more"),
+        "temperature": (lambda value: _number(value) and value > 0, "a number above 0"),
+        "self_weight": (lambda value: value == "similarity" or (_number(value) and 0 <= value <= 1),
+                        "a number from 0 to 1, the persona's own share, or `similarity` to let it compete"),
+        "centred": (lambda value: isinstance(value, bool), "true or false"),
+        "seed": (lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0,
+                 "a whole number, 0 or more"),
+        "of": (lambda value: isinstance(value, Mapping) and "strategy" in value,
+               "the strategy to control, such as {strategy: sparse_moe, k: 5}"),
+    }
+)  # fmt: skip
+
+
+def resolve(strategy: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """All parameters of a strategy. Raises RoutingError for an unknown one or an impossible value."""
+    for name in given:
+        if name not in defaults:
+            refuse(f"strategy {strategy}", "parameter", str(name), defaults)
+    resolved = {**defaults, **given}
+    for name, value in resolved.items():
+        fits, expected = CHECKS[name]
+        if not fits(value):
+            raise RoutingError(f"strategy {strategy}: {name} is {value!r}.\nExpected {expected}.")
+    return resolved
+
+
+def refuse(where: str, what: str, name: str, allowed: Iterable[str]) -> NoReturn:
+    """Raise RoutingError for an unknown name, with the nearest and all allowed ones."""
+    allowed = sorted(allowed)
+    close = difflib.get_close_matches(name, allowed, n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    raise RoutingError(f"{where}: unknown {what} {name!r}.{hint}\nAllowed: {', '.join(allowed) or 'none'}.")

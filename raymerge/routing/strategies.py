@@ -1,0 +1,167 @@
+"""The strategies, by name. Most are presets of `neighbours.similar`; the controls take another strategy's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
+from typing import Any, Literal
+
+import numpy as np
+
+from raymerge.errors import RoutingError
+from raymerge.routing import controls
+from raymerge.routing.inputs import RoutingInputs, check_inputs, labels_of, make_space
+from raymerge.routing.lines import Rows
+from raymerge.routing.neighbours import equal, hierarchical, make_row, similar
+from raymerge.routing.parameters import refuse, resolve
+from raymerge.routing.table import RoutingTable
+
+SOFT_MASS = 0.99  # `soft` takes no more experts than make up this share of the weights,
+SOFT_EXPERTS = 256  # and no more than this many, so that no table is personas x experts
+
+Routed = tuple[Rows, list[str]]
+SIMILARITY: Mapping[str, Any] = {"temperature": 0.1, "self_weight": 0.0, "centred": True}
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A way to say who contributes.
+
+    parameters: names and defaults. needs: of embeddings, clusters, own (the personas' adapters), unified,
+    cluster_adapters; a control also needs what it controls needs. function: resolved parameters, inputs -> rows, notes.
+    """
+
+    name: str
+    summary: str
+    needs: frozenset[str]
+    function: Callable[[Mapping[str, Any], RoutingInputs], Routed]
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _similar(parameters: Mapping[str, Any], inputs: RoutingInputs, *, scope: Literal["all", "cluster"]) -> Routed:
+    space, notes = make_space(inputs, parameters["centred"])
+    rows, more = similar(
+        space, scope=scope, k=parameters.get("k", SOFT_EXPERTS), temperature=parameters["temperature"],
+        self_weight=parameters["self_weight"], mass=1.0 if "k" in parameters else SOFT_MASS,
+    )  # fmt: skip
+    return rows, notes + more
+
+
+def _hierarchical(parameters: Mapping[str, Any], inputs: RoutingInputs) -> Routed:
+    space, notes = make_space(inputs, parameters["centred"])
+    rows, more = hierarchical(space, **{name: value for name, value in parameters.items() if name != "centred"})
+    return rows, notes + more
+
+
+def _equal(parameters: Mapping[str, Any], inputs: RoutingInputs, *, scope: Literal["all", "cluster"]) -> Routed:
+    return equal(inputs, scope=scope)
+
+
+def _own(parameters: Mapping[str, Any], inputs: RoutingInputs) -> Routed:
+    position = {name: i for i, name in enumerate(inputs.experts)}
+    found = [np.array([position[name]] if name in position else [], np.int64) for name in inputs.personas]
+    rows = tuple(make_row(experts, np.ones(len(experts))) for experts in found)
+    without = [name for name in inputs.personas if name not in position]
+    notes = [f"{without[0]}: has no adapter and gets the base ({len(without)} such personas)"] if without else []
+    return Rows(tuple(inputs.experts), rows, np.arange(len(rows), dtype=np.int32)), notes
+
+
+def _one_for_all(parameters: Mapping[str, Any], inputs: RoutingInputs, *, expert: str | None) -> Routed:
+    count = int(expert is not None)
+    row = make_row(np.arange(count), np.ones(count), adapter=expert)
+    return Rows((expert,) if expert else (), (row,), np.zeros(len(inputs.personas), dtype=np.int32)), []
+
+
+def _cluster_trained(parameters: Mapping[str, Any], inputs: RoutingInputs) -> Routed:
+    own = labels_of(inputs, inputs.personas)
+    labels = tuple(sorted(set(own)))
+    rows = tuple(make_row(np.array([i]), np.ones(1), adapter=label) for i, label in enumerate(labels))
+    return Rows(labels, rows, np.array([labels.index(label) for label in own], dtype=np.int32)), []
+
+
+def _control(
+    parameters: Mapping[str, Any],
+    inputs: RoutingInputs,
+    *,
+    spoil: Callable[[Rows, RoutingInputs, tuple[int, int]], Routed],
+) -> Routed:
+    inner = parameters["of"]
+    given = {key: value for key, value in inner.items() if key != "strategy"}
+    rows, notes = STRATEGIES[inner["strategy"]].function(given, inputs)
+    spoilt, more = spoil(rows, inputs, (inputs.seed, parameters["seed"]))
+    return spoilt, notes + more
+
+
+def _named(*strategies: Strategy) -> Mapping[str, Strategy]:
+    return MappingProxyType({strategy.name: strategy for strategy in strategies})
+
+
+def _make(name: str, summary: str, needs: str, function: Callable[..., Routed], **parameters: Any) -> Strategy:
+    return Strategy(name, summary, frozenset(needs.split()), function, MappingProxyType(parameters))
+
+
+def _make_control(name: str, summary: str, needs: str, spoil: Callable[..., Routed]) -> Strategy:
+    return _make(name, summary, needs, partial(_control, spoil=spoil), of=None, seed=0)
+
+
+CONTROLS: Mapping[str, Strategy] = _named(
+    _make_control("random_k", "X's weights on random experts", "own", controls.random_k),
+    _make_control(
+        "random_cluster", "X's weights on experts of another cluster", "own clusters", controls.random_cluster
+    ),
+    _make_control("shuffled", "another persona's row of X", "", controls.shuffled),
+)
+
+STRATEGIES: Mapping[str, Strategy] = _named(
+    _make("simple_average", "all adapters, equally", "own", partial(_equal, scope="all")),
+    _make("cluster_average", "all of the persona's cluster, equally", "own clusters", partial(_equal, scope="cluster")),
+    _make("top_k", "the k most similar of all", "own embeddings", partial(_similar, scope="all"), k=5, **SIMILARITY),
+    _make("sparse_moe", "the k most similar within the cluster", "own embeddings clusters",
+          partial(_similar, scope="cluster"), k=5, **SIMILARITY),
+    _make("soft", "all, by similarity", "own embeddings", partial(_similar, scope="all"), **SIMILARITY),
+    _make("hierarchical", "the most similar clusters, the k most similar in each", "own embeddings clusters",
+          _hierarchical, top_clusters=2, k=3, **SIMILARITY),
+    _make("own", "the persona's own adapter", "own", _own),
+    _make("unified", "the adapter trained on all", "unified", partial(_one_for_all, expert="unified")),
+    _make("cluster_trained", "the adapter trained on its cluster", "clusters cluster_adapters", _cluster_trained),
+    _make("base", "no adapter", "", partial(_one_for_all, expert=None)),
+    *CONTROLS.values(),
+)  # fmt: skip
+
+
+def resolve_parameters(strategy: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All parameters of a strategy, defaults filled in, also those of what a control controls.
+
+    Raises RoutingError for an unknown strategy or parameter, with the allowed ones, and for an impossible value.
+    """
+    if strategy not in STRATEGIES:
+        refuse("routing", "strategy", strategy, STRATEGIES)
+    resolved = resolve(strategy, STRATEGIES[strategy].parameters, given)
+    if "of" in resolved:
+        inner = {key: value for key, value in resolved["of"].items() if key != "strategy"}
+        name = str(resolved["of"]["strategy"])
+        if name in CONTROLS:
+            raise RoutingError(f"strategy {strategy}: `of` is {name}, itself a control.\nExpected any other strategy.")
+        resolved["of"] = {"strategy": name, **resolve_parameters(name, inner)}
+    return resolved
+
+
+def needs_of(strategy: str, parameters: Mapping[str, Any]) -> frozenset[str]:
+    """What a strategy needs, and what it controls. Raises as `resolve_parameters`."""
+    resolved = resolve_parameters(strategy, parameters)
+    inner = STRATEGIES[resolved["of"]["strategy"]].needs if "of" in resolved else frozenset()
+    return STRATEGIES[strategy].needs | inner
+
+
+def route(strategy: str, parameters: Mapping[str, Any], inputs: RoutingInputs) -> tuple[RoutingTable, tuple[str, ...]]:
+    """The routing table of a strategy, and notes: what a reader would not expect of it.
+
+    The same inputs give the same table, in whatever order the names come. Raises RoutingError for an unknown strategy
+    or parameter, an input that the strategy needs and does not have, a persona without embedding or cluster.
+    """
+    resolved = resolve_parameters(strategy, parameters)
+    checked = check_inputs(inputs)
+    rows, notes = STRATEGIES[strategy].function(resolved, checked)
+    return RoutingTable.build(checked.personas, rows, f"strategy {strategy}"), tuple(notes)

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from raymerge.errors import RankError, RecipeError
+from raymerge.errors import RankError, RecipeError, RoutingError
 from raymerge.merging.methods import METHODS
 from raymerge.merging.rank import parse_rank
-from raymerge.routing.strategies import STRATEGIES
+from raymerge.routing.strategies import STRATEGIES, needs_of, resolve_parameters
 
 DEFAULT_RANK: Mapping[str, Any] = {"energy": 0.95, "max": 64}
 REFERENCES = ("base", "own", "unified", "cluster_trained")  # adapters as trained: nothing is merged
@@ -46,9 +46,7 @@ class Recipe:
     @property
     def needs(self) -> frozenset[str]:
         """Inputs its strategy needs, of: embeddings, clusters, own, unified, cluster_adapters."""
-        inner = self.strategy_parameters.get("of")
-        needs = frozenset(STRATEGIES[self.strategy].needs)
-        return needs | frozenset(STRATEGIES[inner["strategy"]].needs) if inner else needs
+        return needs_of(self.strategy, self.strategy_parameters)
 
     @property
     def merges(self) -> dict[str, Any]:
@@ -105,29 +103,25 @@ def parse_recipe(name: str, written: Mapping[str, Any], *, centred: bool = True)
     )
 
 
-def _resolve(where: str, strategy: str, parameters: Mapping[str, Any], centred: bool) -> dict[str, Any]:
-    resolved = {**STRATEGIES[strategy].parameters, **parameters}
-    if "centred" in resolved and "centred" not in parameters:
-        resolved["centred"] = centred
-    if "of" in resolved:
-        inner = resolved["of"]
-        if not isinstance(inner, Mapping) or "strategy" not in inner:
-            raise RecipeError(
-                f"{where}: `of` names the strategy that {strategy} controls.\nExpected {{strategy: .., k: ..}} "
-                f"or the name of another recipe; found {inner!r}."
-            )
-        _known(where, "strategy", str(inner["strategy"]), STRATEGIES)
-        own = {k: v for k, v in inner.items() if k != "strategy"}
-        for key in own:
-            if key not in STRATEGIES[inner["strategy"]].parameters:
-                _refuse(where, "parameter", f"of.{key}", list(STRATEGIES[inner["strategy"]].parameters))
-        resolved["of"] = {"strategy": inner["strategy"], **_resolve(where, inner["strategy"], own, centred)}
-    return resolved
+def _resolve(where: str, strategy: str, given: Mapping[str, Any], centred: bool) -> dict[str, Any]:
+    def with_default(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        known = name in STRATEGIES and "centred" in STRATEGIES[name].parameters
+        return {**({"centred": centred} if known else {}), **parameters}
+
+    filled = with_default(strategy, given)
+    if isinstance(filled.get("of"), Mapping):
+        filled["of"] = with_default(str(filled["of"].get("strategy")), filled["of"])
+    try:
+        return resolve_parameters(strategy, filled)
+    except RoutingError as error:
+        raise RecipeError(f"{where}: {error}") from error
 
 
 def parse_recipes(written: Mapping[str, Mapping[str, Any]], *, centred: bool = True) -> dict[str, Recipe]:
     """All recipes of a project file. `of: NAME` takes strategy, method, scale and rank from the recipe of that name."""
-    return {name: parse_recipe(name, _expand(name, recipe, written), centred=centred) for name, recipe in written.items()}
+    return {
+        name: parse_recipe(name, _expand(name, recipe, written), centred=centred) for name, recipe in written.items()
+    }
 
 
 def _expand(name: str, recipe: Mapping[str, Any], written: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:

@@ -31,7 +31,7 @@ def compare_runs(location: str, runs: Sequence[str] = ()) -> Compared:
 
     Raises EvaluationError if a named run was not evaluated or none was.
     """
-    from raymerge.evaluation.report import write_report
+    from raymerge.evaluation.report import render_report
 
     project = load_project(location)
     output = project.path(project.output)
@@ -44,11 +44,15 @@ def compare_runs(location: str, runs: Sequence[str] = ()) -> Compared:
                 f"{output}: run {name} has not been evaluated.\n`raymerge evaluate {location} --run {name}` does it."
             )
     scores = [read_scores(project, name) for name in names]
-    comparison = compare_scores(scores, clusters=_clusters(project))
-    page = storage.join(output, "report.html")
-    write_report(comparison, output)
-    storage.write_json(storage.join(output, "comparison.json"), comparison.to_json())
-    return Compared(comparison, page)
+    comparison = compare_scores(
+        scores,
+        clusters=_clusters(project),
+        similarity_model=project.evaluation.similarity_model,
+        routing_model=project.embedding.model,
+    )
+    for name, data in render_report(comparison, title=storage.name_of(project.workspace)).items():
+        storage.write_bytes(storage.join(output, *(["plots"] if name.endswith(".png") else []), name), data)
+    return Compared(comparison, storage.join(output, "report.html"))
 
 
 def compare(location: str, *, runs: Sequence[str] = (), as_json: bool = False) -> int:
@@ -65,7 +69,7 @@ def show(compared: Compared) -> None:
     """Print a comparison's table and where its page lies."""
     from rich.console import Console
 
-    from raymerge.evaluation.report import terminal_table
+    from raymerge.evaluation.terminal import terminal_table
 
     console = Console()
     console.print(terminal_table(compared.comparison))

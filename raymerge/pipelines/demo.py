@@ -21,8 +21,7 @@ def demo(out: str, *, quick: bool, relatedness: float | None, seed: int, local: 
     """
     folder = storage.resolve(os.getcwd(), out)
     storage.check_writable(folder)
-    options: dict[str, Any] = {} if relatedness is None else {"relatedness": relatedness}
-    figures = make_world(folder, seed=seed, quick=quick, **options)
+    figures = make_world(folder, relatedness=relatedness, seed=seed, quick=quick)
     pretrain(folder, seed=seed, quick=quick)
     location = storage.join(folder, PROJECT)
     storage.write_bytes(location, project_file(quick, clusters=int(figures["clusters"])))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from raymerge import storage
 from raymerge.errors import EvaluationError
 from raymerge.pipelines.job import finish
-from raymerge.pipelines.planning import need_adapters, need_recipes, open_project
+from raymerge.pipelines.opening import need_adapters, need_recipes, open_project
 from raymerge.pipelines.steps import Steps, run_steps
 
 
@@ -28,7 +28,9 @@ def evaluate(
     opened = open_project(location, recipes=recipes or runs)
     need_recipes(opened)
     if not recipes:
-        merged = {n for n in opened.recipes if storage.exists(storage.join(opened.project.run_folder(n), "recipe.json"))}
+        merged = {
+            n for n in opened.recipes if storage.exists(storage.join(opened.project.run_folder(n), "recipe.json"))
+        }
         missing = [name for name in runs if name not in merged]
         if missing or not merged:
             what = f"run {missing[0]}" if missing else "a run"

@@ -32,7 +32,9 @@ def init(folder: str) -> tuple[str, list[str]]:
     if storage.exists(target):
         raise ProjectError(f"{target}: is there already.\nEdit it, or remove it first.")
     template, names = _find_adapters(folder)
-    personas = next((n for n in ("personas.jsonl", "personas.parquet") if storage.exists(storage.join(folder, n))), None)
+    personas = next(
+        (n for n in ("personas.jsonl", "personas.parquet") if storage.exists(storage.join(folder, n))), None
+    )
     base, found = _base_of(storage.join(folder, template.replace("{persona}", names[0])), names[0])
     project: dict[str, Any] = {"workspace": ".", "adapters": template}
     if base is not None:
@@ -42,7 +44,9 @@ def init(folder: str) -> tuple[str, list[str]]:
     count = max(1, min(5, len(names) // 4))
     recipes = RECIPES if len(names) > 1 else {"own": {"strategy": "own"}}
     project |= {"clusters": {"count": count, "seed": 0}, "output": "runs", "recipes": recipes}
-    text = "# Written by `raymerge init`. README.md says what every key means.\n" + yaml.safe_dump(project, sort_keys=False)
+    text = "# Written by `raymerge init`. README.md says what every key means.\n" + yaml.safe_dump(
+        project, sort_keys=False
+    )
     storage.write_bytes(target, text.encode())
     lines = [f"{len(names)} adapters in {template}", found]
     lines.append(f"examples in {personas}" if personas else "no personas file: routed by the adapters' deltas")

@@ -10,7 +10,7 @@ from typing import Any
 
 from raymerge import storage
 from raymerge.config import Hardware, Project
-from raymerge.pipelines.planning import Opened
+from raymerge.pipelines.opening import Opened
 from raymerge.runtime.pool import WorkerKind, run_local, run_on_ray
 from raymerge.runtime.progress import Progress
 from raymerge.runtime.scheduler import Item, Outcome
@@ -40,7 +40,12 @@ def worker_kinds(project: Project, base_model: str | None) -> list[WorkerKind]:
     )  # fmt: skip
     if base_model is None:
         return [merge]
-    arguments = {"base_model": base_model, "name": project.base_model, "dtype": hardware.dtype, "expert_cache": hardware.expert_cache}
+    arguments = {
+        "base_model": base_model,
+        "name": project.base_model,
+        "dtype": hardware.dtype,
+        "expert_cache": hardware.expert_cache,
+    }
     model = WorkerKind(
         "model", ModelWorker, arguments, count=hardware.max_model_workers,
         num_cpus=hardware.cpus_per_model, num_gpus=hardware.gpus_per_model,

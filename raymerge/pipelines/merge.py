@@ -9,7 +9,7 @@ import yaml
 
 from raymerge.errors import RecipeError
 from raymerge.pipelines.job import finish
-from raymerge.pipelines.planning import need_adapters, need_recipes, open_project
+from raymerge.pipelines.opening import need_adapters, need_recipes, open_project
 from raymerge.pipelines.steps import Steps, describe, run_steps
 
 

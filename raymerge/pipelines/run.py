@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from raymerge.errors import EvaluationError
 from raymerge.pipelines.compare import compare_runs, show
 from raymerge.pipelines.job import finish
-from raymerge.pipelines.planning import all_groupings, need_recipes, open_project
+from raymerge.pipelines.opening import all_groupings, need_recipes, open_project
 from raymerge.pipelines.steps import Steps, run_steps
 
 

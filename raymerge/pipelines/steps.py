@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from raymerge.config import Grouping
 from raymerge.pipelines.job import JobResult, carry_out
 from raymerge.pipelines.layout import write_run_files
+from raymerge.pipelines.opening import Opened, check_training
 from raymerge.pipelines.placing import Placed, Placing, place
 from raymerge.pipelines.planning import (
-    Opened,
-    check_training,
     embedding_items,
     evaluation_items,
     merge_items,
@@ -59,9 +58,8 @@ class Plan:
         opened, steps = self.opened, self.steps
         check_training(opened, steps.train)
         items: list[Item] = []
-        for grouping in ("unified", "persona"):
-            if grouping in steps.train:
-                items += training_items(opened, grouping, None)  # type: ignore[arg-type]
+        for grouping in [g for g in ("unified", "persona") if g in steps.train]:
+            items += training_items(opened, grouping, None)
         self.trained = trained_by(items)
         if not self._needs_embeddings():
             return items + self.rest()
@@ -79,7 +77,7 @@ class Plan:
     def rest(self) -> list[Item]:
         """Cluster trainings, merges and evaluations."""
         opened, steps = self.opened, self.steps
-        placed = place(opened, self._placing(), refit=steps.refit)
+        placed = place(opened, self.placing(), refit=steps.refit)
         items: list[Item] = []
         if "cluster" in steps.train:
             items = training_items(opened, "cluster", placed.clusters)
@@ -105,10 +103,11 @@ class Plan:
         return merges, evaluation_items(self.opened, recipe, table, self.trained, write_adapters=self.steps.merge)
 
     def _needs_embeddings(self) -> bool:
-        placing = self._placing()
+        placing = self.placing()
         return placing.embeddings or (placing.clusters and self.opened.project.clusters.file is None)
 
-    def _placing(self) -> Placing:
+    def placing(self) -> Placing:
+        """What the job needs to know of its personas."""
         recipes = self.opened.recipes.values()
         return Placing(
             experts=self.experts,
@@ -121,3 +120,20 @@ def run_steps(opened: Opened, steps: Steps, *, local: bool, title: str) -> JobRe
     """Plan a job and carry it out."""
     plan = Plan(opened, steps)
     return carry_out(opened, plan.first(), follow=plan.follow, local=local, title=title)
+
+
+def describe(opened: Opened, steps: Steps) -> list[str]:
+    """What a job of merges would do, in lines, without doing it. The embeddings must be there where one is needed."""
+    plan = Plan(opened, steps)
+    placed = place(opened, plan.placing(), refit=False)
+    lines = []
+    for recipe in opened.recipes.values():
+        table, notes = placed.route(recipe)
+        tasks, as_they_are = merge_tasks(opened, recipe, table)
+        contributors = sum(len(task.experts) for task in tasks.values())
+        lines.append(
+            f"{recipe.name}: {len(table.personas)} personas, {len(tasks)} merges of {contributors} contributors, "
+            f"{len(as_they_are)} adapters used as they are"
+        )
+        lines += [f"  {note}" for note in notes]
+    return lines

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import cast
-
-from raymerge.config import GROUPINGS, Grouping
+from raymerge.config import GROUPINGS
 from raymerge.errors import ProjectError
 from raymerge.pipelines.job import finish
-from raymerge.pipelines.planning import open_project
+from raymerge.pipelines.opening import open_project
 from raymerge.pipelines.steps import Steps, run_steps
 
 
@@ -18,5 +16,5 @@ def train(
     if group_by not in GROUPINGS:
         raise ProjectError(f"--group-by {group_by}: unknown grouping.\nAllowed: {', '.join(GROUPINGS)}.")
     opened = open_project(location, start_from=start_from).without_recipes()
-    steps = Steps(train=(cast(Grouping, group_by),), refit=refit)
+    steps = Steps(train=(group_by,), refit=refit)
     return finish(run_steps(opened, steps, local=local, title=f"train {group_by}"))

@@ -25,7 +25,7 @@ from raymerge.runtime.tasks import AnswerSource, EvaluateTask, GatherTask
 
 @dataclass(frozen=True)
 class Resident:
-    """Adapters of an evaluation item and each persona's weights over them, (personas, adapters); a row of 0 is the base."""
+    """Adapters of an evaluation item and each persona's weights over them; no weight is the base."""
 
     adapters: tuple[LoraAdapter, ...]
     weights: Mapping[str, Mapping[int, float]]
@@ -59,9 +59,7 @@ def evaluate_to_folder(task: EvaluateTask, worker: Any) -> dict[str, Any]:
     return {"skipped": False, "failed": failed, "answers": len(rows)}
 
 
-def _source_digests(
-    sources: Sequence[AnswerSource], cache: ExpertCache
-) -> tuple[dict[str, Any], dict[str, str]]:
+def _source_digests(sources: Sequence[AnswerSource], cache: ExpertCache) -> tuple[dict[str, Any], dict[str, str]]:
     digests: dict[str, Any] = {}
     failed: dict[str, str] = {}
     for source in sources:
@@ -130,9 +128,7 @@ def _load(
 def _answer(
     task: EvaluateTask, base: Any, resident: Resident, rows: Sequence[Example]
 ) -> tuple[list[str], np.ndarray[Any, Any]]:
-    settings = GenerationSettings(
-        max_new_tokens=task.generation["max_new_tokens"], stop=tuple(task.generation["stop"])
-    )
+    settings = GenerationSettings(max_new_tokens=task.generation["max_new_tokens"], stop=tuple(task.generation["stop"]))
     prompts = [render_prompt(e.prompt, task.generation["prompt_format"], base.tokenizer) for e in rows]
     references = [e.response for e in rows]
     lora = MultiLora(base.model) if resident.adapters else None

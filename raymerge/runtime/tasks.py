@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from raymerge.personas import Split
+
 
 @dataclass(frozen=True)
 class ExpertRef:
@@ -55,7 +57,6 @@ class TrainTask:
     personas: str
     training: Mapping[str, Any]
     prompt_format: str
-    base_model: str
     base_digest: str
     workspace: str
 
@@ -77,7 +78,7 @@ class EvaluateTask:
     folder: str
     sources: tuple[AnswerSource, ...]
     personas: str
-    split: str
+    split: Split
     generation: Mapping[str, Any]
     similarity_model: str
     batch_size: int

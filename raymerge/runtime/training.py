@@ -15,7 +15,7 @@ from raymerge.runtime.tasks import TrainGroup, TrainTask
 
 
 def train_to_folders(task: TrainTask, worker: Any) -> dict[str, Any]:
-    """Train a task's adapters unless all are there. Items are cut by the plan, so that a part is never trained alone."""
+    """Train a task's adapters unless all are there; if one is missing all are trained, so that bytes stay the same."""
     personas = read_personas(task.personas)
     keys = {group.name: _key(task, group, personas) for group in task.groups}
     missing = [group for group in task.groups if not is_complete(group.folder, keys[group.name])]

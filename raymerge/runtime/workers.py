@@ -42,7 +42,9 @@ class MergeWorker:
         rows = [sketch(self.cache.read(name, where), task.dimensions, task.seed) for name, where in task.adapters]
         vectors = np.stack(rows).astype(np.float32)
         table = pa.table({"persona": [name for name, _ in task.adapters], "vector": list(vectors)})
-        write_artefact(task.folder, {"vectors.parquet": storage.encode_parquet(table)}, {"dimensions": task.dimensions}, key)
+        write_artefact(
+            task.folder, {"vectors.parquet": storage.encode_parquet(table)}, {"dimensions": task.dimensions}, key
+        )
         return {"skipped": False}
 
     def gather(self, task: GatherTask) -> dict[str, Any]:

@@ -26,8 +26,8 @@ def remarks(
             f"Evaluate it and compare again."
         )
     warnings += [
-        f"{run.name}: compression lost {run.compression_error:.0%} of the merged deltas (above {LARGE_ERROR:.0%}). "
-        "A higher rank would keep more."
+        f"{run.name}: compression lost {100 * run.compression_error:.0f} % of the merged deltas "
+        f"(above {100 * LARGE_ERROR:.0f} %). A higher rank would keep more."
         for run in runs
         if run.compression_error is not None and run.compression_error > LARGE_ERROR
     ]

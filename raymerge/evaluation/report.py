@@ -1,0 +1,173 @@
+"""The report: one self-contained page, the figures as PNG, and the comparison as JSON, all as bytes.
+
+The page loads nothing: styles are inline, figures are inline SVG, there is no script, and its content security policy
+forbids all of them. Every text that comes from data is escaped. The same comparison gives the same bytes.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from raymerge.evaluation import drawing, plots, wording
+from raymerge.evaluation.comparison import Comparison
+from raymerge.evaluation.exhibits import RoutingMap
+from raymerge.evaluation.rows import REGRESSION, Row
+from raymerge.evaluation.terminal import terminal_table
+
+__all__ = ["render_report", "terminal_table"]
+
+TEXT_SHOWN = 500  # characters of a prompt or an answer
+ANSWERS_SHOWN = 24  # rows in the side-by-side view
+MAPS_SHOWN = 4
+NOTES_SHOWN = 60
+CLUSTERS_LISTED = 30
+PERSONAS_LISTED = 10
+
+
+def render_report(comparison: Comparison, *, title: str = "comparison") -> dict[str, bytes]:
+    """All files of the report by name: report.html, comparison.json and the figures as PNG.
+
+    Figures without data are left out: no clusters, no routing, no known times, no reference. The page stays below
+    3 MB whatever the number of personas: points are thinned, maps are binned, texts are cut, and the page says so.
+    """
+    with drawing.styled():
+        files = _pngs(comparison)
+        page = _page(comparison, title)
+    files["report.html"] = page.encode("utf-8", "replace")
+    text = json.dumps(comparison.to_json(), indent=1, sort_keys=True, ensure_ascii=True)
+    files["comparison.json"] = (text + "\n").encode()
+    return files
+
+
+def _pngs(comparison: Comparison) -> dict[str, bytes]:
+    figures = {"similarity.png": plots.similarity_figure(comparison)}
+    if comparison.reference and len(comparison.rows) > 1:
+        figures["scatter.png"] = plots.scatter_figure(comparison, plots.scatter_panels(comparison))
+        if comparison.clusters:
+            figures["clusters.png"] = plots.box_figure(comparison, plots.box_rows(comparison))
+    if comparison.routing:
+        figures["routing.png"] = plots.routing_figure(_shown_maps(comparison))
+    costs = plots.cost_figure(comparison)
+    if costs:
+        figures["costs.png"] = costs
+    return {name: drawing.png(figure) for name, figure in figures.items()}
+
+
+def _shown_maps(comparison: Comparison) -> list[RoutingMap]:
+    """The map of the recipe that the verdict speaks of, that of its control, then the others in order."""
+    verdict = comparison.verdict
+    first = [verdict.row, verdict.control.over if verdict.control else None]
+    ordered = sorted(comparison.routing, key=lambda m: first.index(m.run) if m.run in first else len(first))
+    return ordered[:MAPS_SHOWN]
+
+
+def _page(comparison: Comparison, title: str) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("raymerge.evaluation"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    for name in ("number", "signed", "percent", "p_value", "duration", "size", "describe"):
+        environment.filters[name] = getattr(wording, name)
+    environment.filters["brief"] = lambda text: wording.cut(text, TEXT_SHOWN)
+    environment.filters["spoken"] = lambda recipe: json.dumps(recipe, sort_keys=True, default=str)
+    return environment.get_template("report.html").render(_context(comparison, title))
+
+
+def _context(comparison: Comparison, title: str) -> dict[str, Any]:
+    verdict = comparison.verdict
+    chosen = comparison.rows[comparison.row(verdict.row)] if verdict.row else None
+    rows = {row.name: row for row in comparison.rows}
+    labels = sorted({figure.cluster for row in comparison.rows for figure in row.clusters})
+    return {
+        "title": title,
+        "comparison": comparison,
+        "chosen": chosen,
+        "rows": rows,
+        "signs": drawing.KIND_SIGNS,
+        "kinds": list(dict.fromkeys(row.kind for row in comparison.rows)),
+        "exact": any(row.exact for row in comparison.rows),
+        "errors": any(row.compression_error is not None for row in comparison.rows),
+        "forest": _forest(comparison),
+        "bars": _bars(comparison),
+        "tested": sum(row.kind == "recipe" for row in comparison.rows),
+        "regression": REGRESSION,
+        "labels": labels[:CLUSTERS_LISTED],
+        "labels_left_out": max(0, len(labels) - CLUSTERS_LISTED),
+        "figures": _svgs(comparison),
+        "notes": comparison.notes[:NOTES_SHOWN],
+        "notes_left_out": max(0, len(comparison.notes) - NOTES_SHOWN),
+        "answers_shown": ANSWERS_SHOWN,
+        "points": plots.POINTS,
+        "boxes_shown": plots.CLUSTERS,
+        "personas_listed": PERSONAS_LISTED,
+    }
+
+
+def _svgs(comparison: Comparison) -> dict[str, Any]:
+    named = "Mean similarity of each row with its interval: " + _spoken(comparison.rows)
+    found: dict[str, Any] = {"similarity": _svg(plots.similarity_figure(comparison), named)}
+    found["scatter"], found["boxes"] = [], []
+    if comparison.reference and len(comparison.rows) > 1:
+        for row in plots.scatter_panels(comparison):
+            label = f"Each persona's similarity in {row.name} against {comparison.reference}"
+            found["scatter"].append(_svg(plots.scatter_figure(comparison, [row], columns=1), label))
+        for row in plots.box_rows(comparison) if comparison.clusters else ():
+            label = f"{row.name} minus {comparison.reference} by cluster"
+            found["boxes"].append(_svg(plots.box_figure(comparison, [row], columns=1), label))
+    found["maps"] = [
+        (shown, _svg(plots.routing_figure([shown], columns=1), f"Weights of experts for personas in {shown.run}"))
+        for shown in _shown_maps(comparison)
+    ]
+    costs = plots.cost_figure(comparison)
+    found["costs"] = _svg(costs, "Similarity of each row against the seconds it took") if costs else None
+    return found
+
+
+def _svg(figure: Any, label: str) -> Markup:
+    """Safe to print as it is: matplotlib escapes the texts in a figure, `drawing.svg` the label."""
+    return Markup(drawing.svg(figure, drawing.short(label, 400)))
+
+
+def _spoken(rows: Sequence[Row]) -> str:
+    return ", ".join(f"{row.name} {row.similarity:.1f}" for row in rows)
+
+
+def _forest(comparison: Comparison) -> dict[str, dict[str, str]]:
+    """Where each row's interval lies in its cell, in percent of the cell's width."""
+    known = {row.name: row.difference for row in comparison.rows if row.difference}
+    ends = [e for d in known.values() for e in (d.low, d.high, d.mean) if e == e] + [0.0]  # NaN is not itself
+    low, span = min(ends), max(max(ends) - min(ends), 1e-9)
+
+    def at(value: float) -> float:
+        return 4 + 92 * (value - low) / span
+
+    return {
+        name: {
+            "zero": f"{at(0):.2f}",
+            "mean": f"{at(d.mean):.2f}",
+            "low": f"{at(d.low if d.low == d.low else d.mean):.2f}",
+            "width": f"{92 * (d.high - d.low) / span if d.low == d.low else 0:.2f}",
+        }
+        for name, d in known.items()
+    }
+
+
+def _bars(comparison: Comparison) -> dict[str, dict[str, str]]:
+    """Lengths of the cost bars in percent of the longest: the three times, and the bytes."""
+    longest = max([row.costs.seconds or 0 for row in comparison.rows] + [1e-9])
+    largest = max([row.costs.bytes or 0 for row in comparison.rows] + [1])
+    return {
+        row.name: {
+            "train": f"{100 * (row.costs.train_s or 0) / longest:.2f}",
+            "merge": f"{100 * (row.costs.merge_s or 0) / longest:.2f}",
+            "evaluate": f"{100 * (row.costs.evaluate_s or 0) / longest:.2f}",
+            "bytes": f"{100 * (row.costs.bytes or 0) / largest:.2f}",
+        }
+        for row in comparison.rows
+    }

@@ -10,14 +10,14 @@ __all__ = ["LoraAdapter", "LoraModule", "load_adapter", "merge", "save_adapter"]
 
 if TYPE_CHECKING:
     from raymerge.adapters import LoraAdapter, LoraModule, load_adapter, save_adapter
-    from raymerge.merging import merge
+    from raymerge.merging.merge import merge
 
 _HOME = {
     "LoraAdapter": "raymerge.adapters",
     "LoraModule": "raymerge.adapters",
     "load_adapter": "raymerge.adapters",
     "save_adapter": "raymerge.adapters",
-    "merge": "raymerge.merging",
+    "merge": "raymerge.merging.merge",
 }
 
 

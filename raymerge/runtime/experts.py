@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from raymerge import storage
 from raymerge.adapters import LoraAdapter
-from raymerge.adapters.peft import encode_adapter, read_adapter
+from raymerge.adapters.peft import encode_adapter, open_adapter, read_adapter
 from raymerge.errors import AdapterError, MergeError, RaymergeError
 from raymerge.manifest import is_complete, write_artefact
-from raymerge.merging import merge
+from raymerge.merging.merge import WHOLE, merge
 from raymerge.runtime.tasks import MergeTask
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_config.json")
@@ -100,10 +100,13 @@ def _anchor(task: MergeTask, cache: ExpertCache) -> str | None:
 
 
 def build(task: MergeTask, inputs: MergeInputs, cache: ExpertCache) -> LoraAdapter:
-    """Carry out a merge in memory."""
+    """Carry out a merge in memory. Experts that do not fit into the cache together are read module by module."""
     merges = task.merges
+    opened = [open_adapter(e.location, e.name) for e in task.experts]
+    if sum(adapter.nbytes for adapter in opened) <= cache.limit:
+        opened = [cache.read(e.name, e.location) for e in task.experts]
     return merge(
-        [cache.read(e.name, e.location) for e in task.experts],
+        opened,
         [e.weight for e in task.experts],
         method=merges["method"],
         rank=merges["rank"],
@@ -127,17 +130,12 @@ def merge_to_folder(task: MergeTask, cache: ExpertCache) -> dict[str, Any]:
         "experts": [{"name": e.name, "weight": e.weight, "digest": inputs.digests[e.name]} for e in task.experts],
         "anchor": adapter_digest(inputs.anchor) if inputs.anchor else None,
         "merges": dict(task.merges),
-        "error": overall_error(adapter),
-        "errors": dict(sorted(adapter.errors.items())),
-        "ranks": {name: module.rank for name, module in sorted(adapter.modules.items())},
+        "error": adapter.errors[WHOLE],
+        "errors": {path: error for path, error in sorted(adapter.errors.items()) if path != WHOLE},
+        "ranks": {path: header.rank for path, header in adapter.headers.items()},
     }
     write_artefact(task.folder, files, manifest, inputs.key)
     return {"skipped": False, "error": manifest["error"], "bytes": sum(len(data) for data in files.values())}
-
-
-def overall_error(adapter: LoraAdapter) -> float:
-    """Relative Frobenius error of a merged adapter over all its modules."""
-    return float(adapter.errors.get("*", 0.0))
 
 
 def first_line(error: BaseException) -> str:
@@ -145,8 +143,3 @@ def first_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     line = text.splitlines()[0]
     return line if isinstance(error, RaymergeError) else f"{type(error).__name__}: {line}"
-
-
-def read_all(names: Sequence[tuple[str, str]], cache: ExpertCache) -> list[LoraAdapter]:
-    """Adapters by (name, location), in that order."""
-    return [cache.read(name, location) for name, location in names]

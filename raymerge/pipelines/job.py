@@ -19,11 +19,12 @@ from raymerge.runtime.workers import MergeWorker, ModelWorker
 
 @dataclass(frozen=True)
 class JobResult:
-    """What became of a job's items. failed: what failed -> why, in one line each."""
+    """What became of a job's items. failed: what failed -> why, in one line each. notes: what one would not expect."""
 
     done: int
     skipped: int
     failed: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def exit_status(self) -> int:
@@ -96,6 +97,8 @@ def summarise(outcomes: Iterable[Outcome]) -> JobResult:
 
 def finish(result: JobResult, most: int = 20) -> int:
     """Say what a job did and what failed, by name; returns its exit status."""
+    for note in result.notes[:most]:
+        print(f"note: {note}", file=sys.stderr)
     print(f"{result.done} items done, {result.skipped} of them were there already, {len(result.failed)} failed.")
     for name, why in sorted(result.failed.items())[:most]:
         print(f"failed: {name}: {why.splitlines()[0] if why else 'no reason given'}", file=sys.stderr)

@@ -7,8 +7,7 @@ is queued at once, and the rest as soon as the last embedding is there.
 from __future__ import annotations
 
 import itertools
-import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from raymerge.config import Grouping
 from raymerge.pipelines.job import JobResult, carry_out
@@ -44,7 +43,7 @@ class Plan:
     steps: Steps
     trained: dict[str, str] = field(default_factory=dict)
     waiting: set[str] = field(default_factory=set)
-    unplaced: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -90,8 +89,7 @@ class Plan:
     def _items_of(self, name: str, placed: Placed) -> tuple[list[Item], list[Item]]:
         recipe = self.opened.recipes[name]
         table, notes = placed.route(recipe)
-        for note in notes:
-            warnings.warn(f"{name}: {note}", stacklevel=2)
+        self.notes += [f"{name}: {note}" for note in notes]
         merges: list[Item] = []
         if self.steps.merge:
             tasks, as_they_are = merge_tasks(self.opened, recipe, table)
@@ -119,7 +117,8 @@ class Plan:
 def run_steps(opened: Opened, steps: Steps, *, local: bool, title: str) -> JobResult:
     """Plan a job and carry it out."""
     plan = Plan(opened, steps)
-    return carry_out(opened, plan.first(), follow=plan.follow, local=local, title=title)
+    result = carry_out(opened, plan.first(), follow=plan.follow, local=local, title=title)
+    return replace(result, notes=tuple(plan.notes))
 
 
 def describe(opened: Opened, steps: Steps) -> list[str]:

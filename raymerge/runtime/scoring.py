@@ -12,9 +12,9 @@ import torch
 
 from raymerge import storage
 from raymerge.adapters import LoraAdapter
-from raymerge.errors import AdapterError, MergeError, StorageError
+from raymerge.errors import AdapterError, EvaluationError, MergeError, StorageError
 from raymerge.evaluation.metrics import chrf, exact_match, similarity
-from raymerge.manifest import content_digest, is_complete, write_artefact
+from raymerge.manifest import content_digest, is_complete, read_manifest, write_artefact
 from raymerge.merging.merge import mixture_weights
 from raymerge.models.generation import GenerationSettings, generate, score_references
 from raymerge.models.multilora import MultiLora
@@ -136,8 +136,10 @@ def _answer(
         if lora is not None:
             lora.load(resident.adapters)
         single = all(len(w) == 0 or list(w.values()) == [1.0] for w in resident.weights.values())
-        if single:
-            chosen: Any = torch.tensor([next(iter(resident.weights[e.persona]), -1) for e in rows])
+        if lora is None:
+            chosen: Any = None
+        elif single:
+            chosen = torch.tensor([next(iter(resident.weights[e.persona]), -1) for e in rows])
         else:
             chosen = torch.zeros(len(rows), len(resident.adapters))
             for i, e in enumerate(rows):
@@ -179,7 +181,10 @@ def gather(task: GatherTask) -> dict[str, Any]:
     failed = dict(task.missing)
     tables: dict[str, list[Any]] = {"metrics": [], "generations": []}
     for part in task.parts:
-        failed |= storage.read_json(storage.join(part, "manifest.json"))["failed"]
+        manifest = read_manifest(part)
+        if manifest is None:
+            raise EvaluationError(f"{part}: is not there, so the run cannot be summed up.\nIts own failure says why.")
+        failed |= manifest["failed"]
         for name, found in tables.items():
             found.append(storage.read_parquet(storage.join(part, f"{name}.parquet")))
     joined = {name: pa.concat_tables(found).combine_chunks() for name, found in tables.items()}

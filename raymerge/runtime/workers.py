@@ -54,6 +54,13 @@ class MergeWorker:
         return gather(task)
 
 
+def _device_here() -> str:
+    """The GPU that Ray gave this process, if it gave one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 class ModelWorker:
     """Holds a base model on one device: trains adapters on it, generates and scores answers with it."""
 
@@ -63,7 +70,7 @@ class ModelWorker:
         self.base_model = base_model
         self.name = name  # what adapters trained on it record
         self.dtype = dtype
-        self.device = device
+        self.device = device if device != "auto" else _device_here()
         self.cache = ExpertCache(parse_size(expert_cache))
         self._base: Any = None
         self._encoders: dict[str, Any] = {}

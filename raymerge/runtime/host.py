@@ -80,7 +80,7 @@ class Host:
 
 
 def describe(error: BaseException) -> str:
-    """An exception as text. Our own speak for themselves; of others the first line says what, and where it was raised."""
+    """An exception as text. Our own speak for themselves; of others the first line says what and where it was."""
     text = str(error).strip()
     if isinstance(error, RaymergeError) and text:
         return text

@@ -91,7 +91,7 @@ def plan_autoscaling(kinds: Sequence[WorkerKind], nodes: Sequence[dict[str, floa
     for kind in kinds:
         if kind.count is None or kind.num_gpus == "auto":
             raise PoolError(
-                f"worker kind {kind.name}: an autoscaling Ray cluster must be told how many workers, with how many GPUs\n"
+                f"worker kind {kind.name}: an autoscaling Ray cluster must be told how many, and how many GPUs\n"
                 "Give both as numbers under `hardware` in the project file."
             )
     counts = {kind.name: kind.count or 1 for kind in kinds}

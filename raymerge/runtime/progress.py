@@ -173,7 +173,8 @@ class Progress:
         grid.add_column(no_wrap=True)
         bar = ProgressBar(total=max(snapshot.total, 1), completed=snapshot.done + snapshot.failed)
         grid.add_row(Text(self.title, style="bold"), bar, Text(counts_text(snapshot, self._pace, now)))
-        below = [kind_text(kind) for kind in snapshot.kinds if kind.total] + [f"{clock_text(now - self._started)} elapsed"]
+        below = [kind_text(kind) for kind in snapshot.kinds if kind.total]
+        below.append(f"{clock_text(now - self._started)} elapsed")
         return Group(grid, *(Text(f"  {line}", style="dim", no_wrap=True, overflow="ellipsis") for line in below))
 
 

@@ -17,6 +17,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from raymerge.evaluation.scores import Kind
+from raymerge.evaluation.wording import printable
 
 INK, MUTED, LINE, PAPER = "#1b1f24", "#5c6670", "#d5dae0", "#ffffff"
 KIND_COLOURS: dict[Kind, str] = {
@@ -77,7 +78,7 @@ def styled() -> Iterator[None]:
 
 def short(name: str, length: int = 22) -> str:
     """A name that fits a label: control characters out, cut with an ellipsis."""
-    clean = "".join(c if c.isprintable() else " " for c in name)
+    clean = printable(name)
     return clean if len(clean) <= length else clean[: length - 1] + "…"
 
 
@@ -116,10 +117,11 @@ def _for_page(text: str, label: str) -> str:
     attributes = f'viewBox="0 0 {width} {height}" style="aspect-ratio:{width}/{height}" role="img"'
     text = re.sub(
         r"<svg[^>]*>",
-        f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {attributes} aria-label="{_attribute(label)}">',
+        f'<svg {attributes} aria-label="{_attribute(label)}">',
         text,
         count=1,
     )
+    text = text.replace("xlink:href", "href")
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # nothing refers to them, and several figures would repeat them
     text = re.sub(r"font: (?:(bold|\d+) )?([\d.]+)px [^;\"]+", _font, text)
     for colour, variable in VARIABLES.items():

@@ -8,7 +8,7 @@ from rich.text import Text
 from raymerge.evaluation.comparison import Comparison
 from raymerge.evaluation.drawing import KIND_SIGNS, short
 from raymerge.evaluation.rows import Row
-from raymerge.evaluation.wording import number, p_value, percent, signed
+from raymerge.evaluation.wording import number, p_value, percent, printable, signed
 
 STYLES = {"recipe": "bold blue", "reference": "default", "control": "yellow", "ceiling": "green", "external": "magenta"}
 NOTES_SHOWN = 12
@@ -23,10 +23,10 @@ def terminal_table(comparison: Comparison) -> RenderableType:
         points = Text(f"{comparison.smallest_detectable:.1f} points", style="bold")
         first = Text.assemble("Smallest difference this data can show: ", points, f" ({answered}).")
     parts: list[RenderableType] = [first, Text(), _table(comparison), _legend(comparison), Text()]
-    parts.append(Text(comparison.verdict.headline, style="bold"))
-    parts += [Padding(Text(detail, style="dim"), (0, 0, 0, 2)) for detail in comparison.verdict.details]
-    parts += [Text(f"warning: {warning}", style="yellow") for warning in comparison.warnings]
-    parts += [Text(f"note: {note}", style="dim") for note in comparison.notes[:NOTES_SHOWN]]
+    parts.append(Text(printable(comparison.verdict.headline), style="bold"))
+    parts += [Padding(Text(printable(detail), style="dim"), (0, 0, 0, 2)) for detail in comparison.verdict.details]
+    parts += [Text(f"warning: {printable(warning)}", style="yellow") for warning in comparison.warnings]
+    parts += [Text(f"note: {printable(note)}", style="dim") for note in comparison.notes[:NOTES_SHOWN]]
     if len(comparison.notes) > NOTES_SHOWN:
         parts.append(Text(f"and {len(comparison.notes) - NOTES_SHOWN} more notes in the report", style="dim"))
     return Group(*parts)

@@ -67,8 +67,8 @@ def judge(rows: Sequence[Standing], scores: Values, means: Values, place: int | 
     personas = scores.shape[1]
     over_reference = None if place is None else _gain(rows, means, scores, best, place, level, personas)
     over_control = None if strongest is None else _gain(rows, means, scores, best, strongest, level, personas)
-    headline = _headline(rows[best].name, over_reference, over_control, bool(neighbours))
     matched = _matched(rows, best, strongest)
+    headline = _headline(rows[best].name, over_reference, over_control, matched, bool(neighbours))
     details = [*_comparisons(rows[best].name, over_reference, over_control, matched), how]
     details += _ceilings(rows, scores, best, place)
     return Verdict(headline, tuple(details), rows[best].name, over_reference, over_control)
@@ -126,24 +126,30 @@ def _gain(
     return Gain(rows[other].name, float((scores[row] - scores[other]).mean()), low, high, level, outcome)
 
 
-def _headline(name: str, reference: Gain | None, control: Gain | None, neighbours: bool) -> str:
+def _headline(name: str, reference: Gain | None, control: Gain | None, matched: bool, neighbours: bool) -> str:
     merging = "Merging neighbours" if neighbours else "Merging"
     worth = "unknown" if reference is None else reference.outcome
     real = "unknown" if control is None else control.outcome
-    if real == "nothing" and control is not None:
-        return f"{merging} gains nothing: {name} does no better than its control {control.over}."
-    if real == "loses" and control is not None:
-        return f"{merging} gains nothing: {name} does worse than its control {control.over}."
-    if worth == "gains" and reference is not None:
-        caveat = "" if real == "gains" else ", but no control says whether neighbours are the reason"
-        return f"{merging} gains {reference.mean:+.1f} points over {reference.over}{caveat if neighbours else ''}."
-    if worth in ("loses", "nothing") and reference is not None:
-        than = "does worse than" if worth == "loses" else "does no better than"
-        prefix = "Neighbours know something, but m" if real == "gains" else "M"
-        return f"{prefix}{merging[1:]} does not pay: {name} {than} {reference.over}."
-    if real == "gains" and control is not None:
-        return f"{merging} gains {control.mean:+.1f} points over random experts; there is no reference to compare with."
-    return f"{name} cannot be judged: it needs a reference, a control and at least two personas."
+    if control is not None and real in ("nothing", "loses"):
+        than = "no better than" if real == "nothing" else "worse than"
+        which = "its control" if matched else "a control of another recipe,"
+        return f"{merging} gains nothing: {name} does {than} {which} {control.over}."
+    if reference is not None and worth == "gains":
+        caveat = _caveat(real, matched) if neighbours else ""
+        return f"{merging} gains {reference.mean:.1f} points over {reference.over}{caveat}."
+    if reference is not None and worth in ("nothing", "loses"):
+        than = "no better than" if worth == "nothing" else "worse than"
+        opening = f"Neighbours know something, but m{merging[1:]}" if neighbours and real == "gains" else merging
+        return f"{opening} does not pay: {name} does {than} {reference.over}."
+    if control is not None and real == "gains":
+        return f"{merging} gains {control.mean:.1f} points over {control.over}; no reference is here to compare with."
+    return f"{name} cannot be judged: that needs a reference, a control and at least two personas."
+
+
+def _caveat(real: Outcome, matched: bool) -> str:
+    if real != "gains":
+        return ", but no control says whether neighbours are the reason"
+    return "" if matched else ", but only a control of another recipe says that neighbours are the reason"
 
 
 def _comparisons(name: str, reference: Gain | None, control: Gain | None, matched: bool) -> list[str]:
@@ -151,7 +157,7 @@ def _comparisons(name: str, reference: Gain | None, control: Gain | None, matche
     if reference is not None:
         sentences.append(f"{name} against {reference.over}: {_figures(reference)}.")
     if control is not None:
-        which = "its control" if matched else "a control made of another recipe,"
+        which = "its control" if matched else "a control of another recipe,"
         sentences.append(f"{name} against {which} {control.over}: {_figures(control)}.")
     else:
         sentences.append("No control was run (random_k, random_cluster or shuffled), so neighbours are not credited.")

@@ -58,6 +58,11 @@ def size(count: float | None) -> str:
     return f"{value:.0f} {units[0]}" if value >= 100 or units[0] == "bytes" else f"{value:.1f} {units[0]}"
 
 
+def printable(text: str) -> str:
+    """The text without control characters, which could move a terminal's cursor or turn text around."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 def cut(text: str, length: int) -> str:
     """The text up to a length, with an ellipsis where it goes on."""
     return text if len(text) <= length else text[:length] + "…"

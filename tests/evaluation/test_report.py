@@ -1,0 +1,197 @@
+"""The report: complete, self-contained, escaped, the same bytes for the same comparison, and bounded."""
+
+import dataclasses
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from raymerge.evaluation.comparison import Comparison, compare
+from raymerge.evaluation.report import render_report, terminal_table
+from raymerge.evaluation.wording import describe, duration, p_value, signed, size
+
+from .conftest import SOFT, make_world, recipe, run
+
+HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>\u202e$\\frac{1}$\n{{ 7 * 7 }}人\x00'
+VOID = {"meta", "img", "br", "link", "input", "hr", "base"}
+
+
+class Page(HTMLParser):
+    """Reads a page as a browser would: every element and attribute, and whether elements are closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data) -> None:
+        self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def comparison() -> Comparison:
+    runs, clusters = make_world()
+    return compare(runs, clusters=clusters, similarity_model="an encoder", resamples=500)
+
+
+@pytest.fixture(scope="module")
+def files(comparison: Comparison) -> dict[str, bytes]:
+    return render_report(comparison, title="a test")
+
+
+def printed(comparison: Comparison, width: int = 80) -> str:
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    console.print(terminal_table(comparison))
+    return console.file.getvalue()
+
+
+def test_all_parts_are_there(files: dict[str, bytes], comparison: Comparison) -> None:
+    figures = {"similarity.png", "scatter.png", "clusters.png", "routing.png", "costs.png"}
+    assert set(files) == figures | {"report.html", "comparison.json"}
+    for name in figures:
+        image = np.asarray(Image.open(io.BytesIO(files[name])).convert("L"))
+        assert image.std() > 3  # something is drawn
+    page = Page(files["report.html"].decode())
+    assert page.open == []
+    said = " ".join("".join(page.words).split())
+    assert comparison.verdict.headline in said
+    assert said.index("Smallest difference this data can show") < said.index("The comparison")
+    for part in ("Persona by persona", "By cluster", "Who contributes to whom", "Answers side by side",
+                 "What each row cost", "How this was made", "soft says", "a note", "an encoder"):  # fmt: skip
+        assert part in said
+    assert json.loads(files["comparison.json"]) == comparison.to_json()
+
+
+def test_the_page_loads_and_runs_nothing(files: dict[str, bytes]) -> None:
+    text = files["report.html"].decode()
+    page = Page(text)
+    tags = {tag for tag, _ in page.elements}
+    assert not tags & {"script", "iframe", "object", "embed", "link", "base", "form", "video", "audio", "img"}
+    for tag, attributes in page.elements:
+        assert not any(name.startswith("on") for name in attributes)
+        for name in ("src", "href", "xlink:href", "action", "srcset"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("#", "data:image/png;base64,")), (tag, name, value)
+    assert not re.search(r"https?:|@import|url\((?!#)", text)
+    policy = next(a["content"] for t, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None
+    assert policy.startswith("default-src 'none'; img-src data:; style-src 'unsafe-inline'")
+
+
+def test_references_inside_the_figures_lead_somewhere(files: dict[str, bytes]) -> None:
+    text = files["report.html"].decode()
+    wanted = set(re.findall(r'href="#([^"]+)"', text)) | set(re.findall(r"url\(#([^)]+)\)", text))
+    defined = re.findall(r'id="([^"]+)"', text)
+    assert wanted
+    assert wanted <= set(defined)
+
+
+def test_hostile_texts_stay_texts() -> None:
+    runs, clusters = make_world(HOSTILE)
+    comparison = compare(runs, clusters=clusters, resamples=200)
+    page = Page(render_report(comparison, title=HOSTILE)["report.html"].decode())
+    assert page.open == []
+    tags = [tag for tag, _ in page.elements]
+    assert "script" not in tags
+    assert "img" not in tags
+    said = "".join(page.words)
+    assert "<script>alert(1)</script>" in said
+    assert "{{ 7 * 7 }}" in said
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+
+
+def test_a_lone_surrogate_does_not_stop_the_report() -> None:
+    made = run("unified", recipe("unified", "unified"), np.full((3, 1), 0.5), texts=["a", "b", "c"])
+    said = run("soft", recipe("soft", "soft", **SOFT), np.full((3, 1), 0.7), texts=["a", "b", "c"])
+    comparison = compare([made, said], resamples=50)
+    sample = comparison.samples[0]
+    answer = dataclasses.replace(sample.questions[0].answers[0], text="broken \ud800 text")
+    question = dataclasses.replace(sample.questions[0], answers=(answer,))
+    broken = dataclasses.replace(comparison, samples=(dataclasses.replace(sample, questions=(question,)),))
+    assert b"broken ? text" in render_report(broken)["report.html"]
+
+
+def test_the_same_comparison_gives_the_same_bytes(files: dict[str, bytes]) -> None:
+    runs, clusters = make_world()
+    again = compare(list(reversed(runs)), clusters=clusters, similarity_model="an encoder", resamples=500)
+    assert render_report(again, title="a test") == files
+    for name, data in files.items():
+        if name.endswith(".png"):
+            assert not Image.open(io.BytesIO(data)).text
+
+
+def test_the_smallest_runs_make_a_report() -> None:
+    """One persona, one run, nothing optional; and no reference."""
+    alone = run("unified", recipe("unified", "unified"), np.array([[0.5]]))
+    assert set(render_report(compare([alone]))) == {"similarity.png", "report.html", "comparison.json"}
+    pair = [run(name, recipe(name, name), np.array([[0.2], [0.3]])) for name in ("soft", "own")]
+    page = render_report(compare(pair))["report.html"].decode()
+    assert "No run named unified is here" in page
+    assert "no reference row to differ from" in page
+    assert "cannot be judged" in printed(compare(pair))
+
+
+def test_many_personas_rows_and_clusters_stay_a_page() -> None:
+    generator = np.random.default_rng(0)
+    names = [f"persona_{i:05d}" for i in range(600)]
+    long = ["word " * 400] * 600
+    runs = [
+        run(name, recipe(name, "soft" if i else "unified", k=i), generator.random((600, 1)), personas=names,
+            texts=long, notes=("a note",) * 20)
+        for i, name in enumerate(["unified", *(f"row_{i}" for i in range(30))])
+    ]  # fmt: skip
+    comparison = compare(runs, clusters={name: f"c{i % 60:02d}" for i, name in enumerate(names)}, resamples=50)
+    page = render_report(comparison)["report.html"]
+    assert len(page) < 3_000_000
+    said = page.decode()
+    assert "Each panel draws 400 of 600 personas" in said
+    assert "30 more clusters are in comparison.json" in said
+    assert "7 more rows are in their runs" in said
+    assert "562 more notes are in comparison.json" in said
+
+
+def test_the_terminal_table_fits_eighty_columns_and_begins_with_what_can_be_seen(comparison: Comparison) -> None:
+    text = printed(comparison)
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert text.startswith("Smallest difference this data can show: ")
+    for row in comparison.rows:
+        line = next(line for line in text.splitlines() if line[1:].startswith(f" {row.name} "))
+        assert "…" not in line
+        assert f"{row.similarity:.1f}" in line
+        assert f"{row.exact:.1f}" in line
+    assert comparison.verdict.headline in text
+
+
+def test_hostile_names_do_not_break_the_terminal() -> None:
+    runs, clusters = make_world("[bold red]\x1b[31m")
+    text = printed(compare(runs, clusters=clusters, resamples=50))
+    assert "\x1b" not in text
+    assert max(len(line) for line in text.splitlines()) <= 80
+
+
+def test_wording() -> None:
+    assert [signed(x) for x in (1.25, -0.04, 0.0, -3.0, None, float("nan"))] == ["+1.2", "0.0", "0.0", "−3.0", "–", "–"]
+    assert [duration(s) for s in (0.5, 9.96, 42, 90, 3600, None)] == ["0.5 s", "10.0 s", "42 s", "1.5 min", "1 h", "–"]
+    assert [size(b) for b in (0, 900, 2048, 1 << 30)] == ["0 bytes", "900 bytes", "2.0 KiB", "1.0 GiB"]
+    assert [p_value(p) for p in (0.0001, 0.0312, 1.0, None)] == ["<.001", ".031", "1.000", "–"]
+    assert describe(recipe("x", "random_k", of={"strategy": "soft", "k": 5})) == "random_k for soft, k 5"
+    assert describe(recipe("x", "own")) == "the persona's own adapter"
+    assert describe({}) == "an adapter made elsewhere"

@@ -114,6 +114,19 @@ def check_training(opened: Opened, groupings: Iterable[Grouping]) -> None:
         return
     opened.need_base("training")
     personas = opened.need_personas("training")
+    start = opened.project.training.start_from
+    if (
+        "persona" in groupings
+        and start is not None
+        and not (
+            storage.exists(storage.join(opened.project.path(start), "adapter_config.json"))
+            or (start == opened.project.unified_adapter and "unified" in groupings)
+        )
+    ):
+        raise AdapterError(
+            f"{opened.project.path(start)}: there is no adapter to start from.\n"
+            f"`raymerge train {opened.project.location} --group-by unified` makes the unified one."
+        )
     empty = [name for name in personas.names if not personas.examples(name, "train")]
     if empty and "persona" in groupings:
         raise PersonaError(

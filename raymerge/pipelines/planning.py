@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from raymerge import storage
+from raymerge import manifest, storage
 from raymerge.config import Grouping
 from raymerge.errors import PersonaError, ProjectError
 from raymerge.personas import Personas
@@ -58,12 +58,11 @@ def training_items(
         base_digest=base_digest(opened.need_base("training")),
         workspace=project.workspace,
     )
-    waits = after | ({"train/unified"} if start == project.unified_adapter else frozenset())
     items = []
     for number, portion in enumerate(_portions(groups, sizes, settings.adapters_per_item)):
         label = "unified" if grouping == "unified" else portion[0].name if grouping == "cluster" else f"{number:04d}"
         name = f"train/{label}" if grouping == "unified" else f"train/{grouping}/{label}"
-        items.append(Item(name, "model", "train", replace(whole, groups=tuple(portion)), after=waits))
+        items.append(Item(name, "model", "train", replace(whole, groups=tuple(portion)), after=after))
     return items
 
 
@@ -85,10 +84,13 @@ def _train_groups(
 
 
 def is_foreign(location: str) -> bool:
-    """Whether an adapter is there that raymerge did not make: it is used as it is and never trained over."""
-    return storage.exists(storage.join(location, "adapter_config.json")) and not storage.exists(
-        storage.join(location, "manifest.json")
-    )
+    """Whether an adapter is there that `raymerge train` did not make: it is used as it is and never trained over."""
+    if not storage.exists(storage.join(location, "adapter_config.json")):
+        return False
+    if not storage.exists(storage.join(location, manifest.NAME)):
+        return True
+    known = manifest.read_manifest(location)
+    return known is not None and "grouping" not in known
 
 
 def _portions(groups: Sequence[TrainGroup], sizes: Mapping[str, int], most: int) -> list[list[TrainGroup]]:

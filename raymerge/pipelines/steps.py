@@ -57,8 +57,11 @@ class Plan:
         opened, steps = self.opened, self.steps
         check_training(opened, steps.train)
         items: list[Item] = []
-        for grouping in [g for g in ("unified", "persona") if g in steps.train]:
-            items += training_items(opened, grouping, None)
+        if "unified" in steps.train:
+            items += training_items(opened, "unified", None)
+        if "persona" in steps.train:
+            started = opened.project.training.start_from == opened.project.unified_adapter
+            items += training_items(opened, "persona", None, after=frozenset(i.id for i in items if started))
         self.trained = trained_by(items)
         if not self._needs_embeddings():
             return items + self.rest()

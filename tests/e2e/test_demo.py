@@ -31,11 +31,12 @@ def test_a_run_of_cluster_average_holds_one_adapter_per_cluster(quick_demo):
     clusters = set(json.loads((quick_demo / "runs/_shared/clusters/clusters.json").read_text()).values())
     assert {p.name for p in (run / "adapters").iterdir()} == clusters
     assert set(assigned["adapter"].to_pylist()) == clusters
-    assert assigned.num_rows == len((quick_demo / "personas.jsonl").read_text().splitlines()) // 46
+    lines = (quick_demo / "personas.jsonl").read_text().splitlines()
+    assert set(assigned["persona"].to_pylist()) == {json.loads(line)["persona"] for line in lines}
 
 
 def test_adapters_load_in_peft_as_they_are(quick_demo):
-    peft = pytest.importorskip("peft")
+    import peft
     from transformers import AutoModelForCausalLM
 
     place = next((quick_demo / "runs/sparse_moe_k5/adapters").iterdir())

@@ -1,0 +1,65 @@
+"""The files beside the code: what they claim must be so."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from raymerge.config import load_project
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(ROOT.glob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_and_named_file_exists(page):
+    text = page.read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    named = re.findall(r"\b((?:raymerge|jobs|benchmarks|tests)/[\w/]+\.(?:py|yaml|md))\b", text)
+    missing = [name for name in {*links, *named} if not (ROOT / name).exists()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_named_exists(page):
+    from raymerge.cli import app
+
+    known = {command.callback.__name__ for command in app.registered_commands}
+    named = set(re.findall(r"(?:^    |`)raymerge (\w+)", page.read_text(), re.MULTILINE))
+    assert named - known == set()
+
+
+def test_the_readme_s_project_file_is_read(tmp_path):
+    from raymerge.recipes import parse_recipes
+
+    block = re.search(r"## A project file\n\n((?:    .*\n)+)", (ROOT / "README.md").read_text())
+    (tmp_path / "p.yaml").write_text(re.sub("^    ", "", block[1], flags=re.MULTILINE))
+    project = load_project(str(tmp_path / "p.yaml"))
+    assert set(parse_recipes(project.recipes)) == {"unified", "own", "sparse_moe_k5", "random_k5"}
+
+
+def test_cluster_yaml_is_what_ray_takes_and_keeps_work_off_the_head(tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    validate_config(prepare_config(dict(config)))
+    head = config["available_node_types"][config["head_node_type"]]
+    assert head["resources"] == {"CPU": 0, "GPU": 0}
+    starts = config["head_start_ray_commands"] + config["worker_start_ray_commands"]
+    assert all("RAY_AUTH_MODE=token" in command for command in starts if "ray start" in command)
+    assert "0.0.0.0" not in (ROOT / "cluster.yaml").read_text()
+    with pytest.raises(Exception, match="wrokers"):
+        validate_config(prepare_config({**config, "max_wrokers": 1}))
+
+
+@pytest.mark.parametrize("job", sorted((ROOT / "jobs").glob("*.py")), ids=lambda job: job.name)
+def test_jobs_are_thin(job):
+    assert len(job.read_text().splitlines()) <= 60
+    assert f"jobs/{job.name}" in job.read_text()
+
+
+def test_long_tables_of_the_documents_stay_short():
+    assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 60

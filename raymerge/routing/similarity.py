@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-BLOCK = 1 << 21  # similarities held at a time: 8 MiB, and a few times that while they are ranked
+BLOCK = 1 << 18  # similarities held at a time: 1 MiB, and four times that while they are ranked, within a cache
 RESOLUTION = 1e-6  # similarities closer than this are a tie, which the order of the names decides
 
 
@@ -22,10 +23,10 @@ class Near:
 
 def unit(vectors: NDArray[Any]) -> NDArray[np.float32]:
     """Rows scaled to length 1, float32 (n, d); a row of zeros stays one."""
-    wide = np.asarray(vectors, dtype=np.float64)
-    norms = np.sqrt(np.einsum("nd,nd->n", wide, wide))[:, None]
-    directions: NDArray[np.float64] = np.divide(wide, norms, out=np.zeros_like(wide), where=norms > 0)
-    return directions.astype(np.float32)
+    rows = np.asarray(vectors, dtype=np.float32)
+    norms = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64)).astype(np.float32)[:, None]
+    directions: NDArray[np.float32] = np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
+    return directions
 
 
 def mean_direction(vectors: NDArray[Any]) -> NDArray[np.float32]:
@@ -35,7 +36,7 @@ def mean_direction(vectors: NDArray[Any]) -> NDArray[np.float32]:
 
 def project(vectors: NDArray[Any], mean: NDArray[Any] | None) -> NDArray[np.float32]:
     """Rows whose inner products are cosines, float32 (n, d): directions, less `mean` (d,) where one is given."""
-    return unit(vectors) if mean is None else unit(unit(vectors).astype(np.float64) - mean)
+    return unit(vectors) if mean is None else unit(unit(vectors) - np.asarray(mean, dtype=np.float32))
 
 
 def nearest(
@@ -59,13 +60,14 @@ def nearest(
         return [nothing] * len(queries)
     found: list[Near] = []
     step = max(1, BLOCK // count)
-    for start in range(0, len(queries), step):
-        block = queries[start : start + step] @ keys.T
-        hidden = exclude[start : start + step] if exclude is not None else np.full(len(block), -1)
-        for row, (near, kept) in enumerate(zip(*_best(block, hidden, k, temperature, mass), strict=True)):
-            indices = near[:kept].astype(np.int32)
-            exact = np.einsum("nd,d->n", keys[indices], queries[start + row], dtype=np.float64)
-            found.append(Near(indices, exact))
+    hidden = np.full(len(queries), -1) if exclude is None else exclude
+    with threadpool_limits(1):  # blocks are small: more threads would wait for each other, and round otherwise
+        for start in range(0, len(queries), step):
+            part = slice(start, start + step)
+            best, counts = _best(queries[part] @ keys.T, hidden[part], k, temperature, mass)
+            for query, near, kept in zip(queries[part], best, counts, strict=True):
+                indices = near[:kept].astype(np.int32)
+                found.append(Near(indices, np.einsum("nd,d->n", keys[indices], query, dtype=np.float64)))
     return found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -95,9 +96,9 @@ class RoutingTable:
                 f"{where}: the weights for {who} sum to {row.weights.sum():.6g}.\nExpected a sum above 0: single "
                 "weights may be negative, but a row that takes away more than it gives turns its experts around."
             )
-        named = [row.adapter for row in rows.rows if row.adapter and len(row.experts)]
-        for name in named:
-            if named.count(name) > 1:
+        named = Counter(row.adapter for row in rows.rows if row.adapter and len(row.experts))
+        for name, count in named.items():
+            if count > 1:
                 raise RoutingError(f"{where}: two different rows are called {name!r}.\nExpected one row for a name.")
         return cls(tuple(personas), *_used(rows))
 

@@ -21,6 +21,9 @@ from raymerge.models.layers import Forward, frozen_weight, linear_modules, shape
 # Copies of factors that a batch of mixtures may make beyond twice what is loaded, in bytes.
 _MIXTURE_COPIES = 256 * 2**20
 
+# Adds to a layer's output (batch, ..., out_features), in place, what the adapters make of its input.
+AddDelta = Callable[[Tensor, Tensor], None]
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -58,9 +61,7 @@ class MultiLora:
         self.model = model
         self.names: tuple[str, ...] = ()
         self._factors: dict[str, Factors] = {}
-        self._active: dict[str, Factors] = {}
-        self._layout: Layout | None = None
-        self._dense: Tensor | None = None
+        self._active: dict[str, AddDelta] = {}
         self._restores: list[Callable[[], None]] = []
 
     @property
@@ -106,7 +107,8 @@ class MultiLora:
             found = f"{min(chosen)} to {max(chosen)}"
             raise ModelError(f"rows name adapters {found}.\nExpected -1 to {len(self.names) - 1}.")
         layout = plan_layout(chosen, self._device())
-        with self._activated(layout, {n: _selected(f, layout.adapters) for n, f in self._factors.items()}):
+        chosen_factors = {name: _selected(f, layout.adapters) for name, f in self._factors.items()}
+        with self._activated(_grouped(chosen_factors, layout)):
             yield
 
     @contextmanager
@@ -127,11 +129,12 @@ class MultiLora:
         if self._is_cheaper_apart(len(unique), most, len(used)):
             index = torch.where((unique != 0).any(1)[inverse], inverse, -1)
             layout = plan_layout(index.tolist(), self._device())
-            with self._activated(layout, self._mixed(unique, max(most, 1), layout)):
-                yield
+            active = _grouped(self._mixed(unique, max(most, 1), layout), layout)
         else:
-            with self._activated(None, self._joined(used), weights[:, used].to(self._device())):
-                yield
+            place, share = self._device(), weights[:, used].to(self._device())
+            active = {n: add_dense(_selected(f, used.to(place)), share) for n, f in self._factors.items()}
+        with self._activated(active):
+            yield
 
     def _is_cheaper_apart(self, unique: int, most: int, used: int) -> bool:
         """Whether mixtures run as adapters of their own rather than as one product over all experts in use."""
@@ -150,40 +153,25 @@ class MultiLora:
             mixed[name] = Factors(A, Bt.flatten(1, 2))
         return mixed
 
-    def _joined(self, used: Tensor) -> dict[str, Factors]:
-        """All experts in use side by side as one adapter; the weights scale its inner dimension row by row."""
-        joined = {}
-        for name, factors in self._factors.items():
-            part = _selected(factors, used.to(factors.A.device))
-            joined[name] = Factors(part.A.flatten(0, 1), part.Bt.flatten(0, 1))
-        return joined
-
     @contextmanager
-    def _activated(
-        self, layout: Layout | None, active: dict[str, Factors], dense: Tensor | None = None
-    ) -> Iterator[None]:
+    def _activated(self, active: dict[str, AddDelta]) -> Iterator[None]:
         if self._active:
             raise ModelError("rows or mixtures are active already.\nLeave one `with` block before the next.")
         self._active = active
-        self._layout = layout
-        self._dense = dense
         try:
             yield
         finally:
-            self._active, self._layout, self._dense = {}, None, None
+            self._active = {}
 
     def _adapter_of(self, name: str) -> Callable[[Forward, Tensor], Tensor]:
         def adapt(original: Forward, x: Tensor) -> Tensor:
             out = original(x)
-            factors = self._active.get(name)
-            if factors is None:
-                return out
-            if torch.is_grad_enabled():
-                out = out.clone()  # autograd may need what the layer computed
-            if self._dense is not None:
-                return add_dense(out, x, factors, self._dense)
-            assert self._layout is not None
-            return add_grouped(out, x, factors, self._layout)
+            add = self._active.get(name)
+            if add is not None:
+                if torch.is_grad_enabled():
+                    out = out.clone()  # autograd may need what the layer computed
+                add(out, x)
+            return out
 
         return adapt
 
@@ -191,35 +179,40 @@ class MultiLora:
         return next(self.model.parameters()).device
 
 
-def add_grouped(out: Tensor, x: Tensor, factors: Factors, layout: Layout) -> Tensor:
-    """Add each row's delta to `out` (batch, ..., out_features) in place; x (batch, ..., in_features)."""
-    groups = len(layout.adapters)
-    if groups == 0:
-        return out
-    rows = _as_rows(x.contiguous(), layout.batch)
-    target = _as_rows(out, layout.batch)
-    if layout.slots is None:
-        inner = torch.bmm(rows.reshape(groups, -1, rows.shape[-1]), factors.A.transpose(1, 2))
-        target.view(groups, -1, target.shape[-1]).baddbmm_(inner, factors.Bt)
-        return out
-    assert layout.rows is not None
-    assert layout.places is not None
-    dealt = rows.index_select(0, layout.slots).view(groups, -1, rows.shape[-1])
-    delta = torch.bmm(torch.bmm(dealt, factors.A.transpose(1, 2)), factors.Bt)
-    delta = delta.view(len(layout.slots), -1, delta.shape[-1])
-    target.index_add_(0, layout.rows, delta.index_select(0, layout.places))
-    return out
+def add_grouped(factors: Factors, layout: Layout) -> AddDelta:
+    """What adds each row's delta, one batched product for A and one for B; factors are in the order of the groups."""
+    At, Bt = factors.A.transpose(1, 2), factors.Bt
+    groups, inner, outer = len(At), At.shape[1], Bt.shape[2]
+
+    def add_in_order(out: Tensor, x: Tensor) -> None:
+        if x.shape[0] != layout.batch:
+            x, out = _as_rows(x.contiguous(), layout.batch), _as_rows(out, layout.batch)
+        out.view(groups, -1, outer).baddbmm_(torch.bmm(x.reshape(groups, -1, inner), At), Bt)
+
+    def add_dealt(out: Tensor, x: Tensor) -> None:
+        assert layout.slots is not None
+        assert layout.rows is not None
+        assert layout.places is not None
+        x, out = _as_rows(x.contiguous(), layout.batch), _as_rows(out, layout.batch)
+        dealt = x.index_select(0, layout.slots).view(groups, -1, inner)
+        delta = torch.bmm(torch.bmm(dealt, At), Bt).view(len(layout.slots), -1, outer)
+        out.index_add_(0, layout.rows, delta.index_select(0, layout.places))
+
+    return add_in_order if layout.slots is None else add_dealt
 
 
-def add_dense(out: Tensor, x: Tensor, factors: Factors, weights: Tensor) -> Tensor:
-    """Add each row's mixture to `out` in place: one product over all experts, scaled by weights (batch, experts)."""
-    rows = _as_rows(x.contiguous(), len(weights))
-    inner = rows @ factors.A.T
-    experts = weights.shape[1]
-    scale = weights.to(inner.device, inner.dtype)[:, None, :, None]
-    inner = (inner.view(*inner.shape[:2], experts, -1) * scale).flatten(2)
-    _as_rows(out, len(weights)).view(-1, out.shape[-1]).addmm_(inner.flatten(0, 1), factors.Bt)
-    return out
+def add_dense(factors: Factors, weights: Tensor) -> AddDelta:
+    """What adds each row's mixture: one product over all experts, scaled in between by weights (batch, experts)."""
+    batch, experts = weights.shape
+    A, Bt = factors.A.flatten(0, 1), factors.Bt.flatten(0, 1)
+    scale = weights.to(A.dtype)[:, None, :, None]
+
+    def add(out: Tensor, x: Tensor) -> None:
+        inner = _as_rows(x.contiguous(), batch) @ A.T
+        scaled = inner.view(batch, -1, experts, len(A) // experts) * scale
+        _as_rows(out, batch).view(-1, Bt.shape[1]).addmm_(scaled.view(-1, len(A)), Bt)
+
+    return add
 
 
 def plan_layout(index: Sequence[int], device: torch.device) -> Layout:
@@ -257,9 +250,13 @@ def _as_rows(x: Tensor, batch: int) -> Tensor:
     """(batch, tokens, features), also where a model has flattened batch and tokens."""
     if x.ndim == 3 and x.shape[0] == batch:
         return x
-    if batch == 0 or (x.numel() // x.shape[-1]) % batch:
+    if x.ndim != 2 or batch == 0 or x.shape[0] % batch:
         raise ModelError(f"a batch of {x.shape[0]} rows meets adapters for {batch}.\nName one adapter for each row.")
-    return x.view(batch, -1, x.shape[-1])
+    return x.view(batch, -1, x.shape[1])
+
+
+def _grouped(factors: Mapping[str, Factors], layout: Layout) -> dict[str, AddDelta]:
+    return {name: add_grouped(own, layout) for name, own in factors.items()} if len(layout.adapters) else {}
 
 
 def _nbytes(factors: Factors) -> int:

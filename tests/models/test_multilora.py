@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from raymerge.adapters.adapter import LoraAdapter, LoraModule
 from raymerge.errors import ModelError
@@ -151,6 +151,39 @@ def test_loading_replaces_what_was_loaded(base: BaseModel, varied: list[LoraAdap
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
+class Flattening(nn.Module):
+    """A model that joins batch and tokens before its layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.flatten(0, 1)).view(*x.shape[:2], 3)
+
+
+@pytest.mark.parametrize("index", [[0, 0, 1, 1], [1, -1, 0, 1]])
+def test_a_model_may_flatten_batch_and_tokens(index: list[int]) -> None:
+    torch.manual_seed(0)
+    model = Flattening().requires_grad_(False)
+    adapters = [
+        LoraAdapter(name=f"a{i}", modules={"layer": LoraModule(torch.randn(2, 4), torch.randn(3, 2), 1.5)})
+        for i in range(2)
+    ]
+    x = torch.randn(4, 5, 4)
+    plain = model(x)
+    lora = MultiLora(model)
+    lora.load(adapters)
+    wanted = torch.stack(
+        [plain[row] + (x[row] @ adapters[i].modules["layer"].delta().T if i >= 0 else 0) for row, i in enumerate(index)]
+    )
+    with lora.rows(index), torch.no_grad():
+        torch.testing.assert_close(model(x), wanted)
+    weights = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])[index]
+    with lora.mixtures(weights), torch.no_grad():
+        torch.testing.assert_close(model(x), wanted)
+
+
 def test_gradients_pass_through(base: BaseModel, varied: list[LoraAdapter]) -> None:
     lora = MultiLora(base.model)
     lora.load(varied)
@@ -197,8 +230,9 @@ def test_choices_that_do_not_fit_are_refused(base: BaseModel, varied: list[LoraA
         pass
     with pytest.raises(ModelError, match="active already"), lora.rows([0]), lora.rows([1]):
         pass
-    with pytest.raises(ModelError, match="a batch of 6 rows meets adapters for 5"), lora.rows([0] * 5):
-        logits(base, IDS)
+    for rows in (5, 4, 2):  # also where rows times tokens could be dealt evenly
+        with pytest.raises(ModelError, match=f"a batch of 6 rows meets adapters for {rows}"), lora.rows([0] * rows):
+            logits(base, IDS[:, :8])
 
 
 @given(st.lists(st.integers(-1, 5), max_size=40))

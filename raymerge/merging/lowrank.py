@@ -125,10 +125,12 @@ def sum_norm(shape: tuple[int, int], ranks: Sequence[int], factors: Callable[[],
     if inner == 0:
         return 0.0
     if inner * (out + into) * 8 <= _MAX_STACKED and inner * (out + into) < 2 * out * into:
-        total = squared_norm(stack(list(factors())))
-    else:
-        total = float(formed(shape, factors())[0].square().sum())
-    return math.sqrt(max(total, 0.0))
+        stacked = stack(list(factors()))
+        total = squared_norm(stacked)
+        if squared_terms(stacked) <= 1e8 * total:  # else the terms cancel, and with them the digits of their products
+            return math.sqrt(total)
+        return float(torch.linalg.matrix_norm((stacked.B * stacked.weights) @ stacked.A))
+    return float(torch.linalg.matrix_norm(formed(shape, factors())[0]))
 
 
 def _randomised(stacked: Stacked, shape: tuple[int, int], rule: RankRule, ceiling: int) -> Truncation | None:

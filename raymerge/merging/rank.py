@@ -79,7 +79,7 @@ def chosen_rank(rule: RankRule, ceiling: int, energies: list[float], total: floa
     total: the sum of all of them, known apart. At least 1."""
     if rule.kind in ("keep", "fixed"):
         return ceiling
-    lost = ROUNDING**2 if rule.kind == "exact" else max(1.0 - rule.value, ROUNDING**2)
+    lost = ROUNDING**2 if rule.kind == "exact" else max(1.0 - rule.value + 1e-12, ROUNDING**2)  # 1 - 0.8 < 0.2
     left = math.fsum([total, *(-e for e in energies[:ceiling])])
     rank = min(ceiling, len(energies))
     while rank > 1 and left + energies[rank - 1] <= lost * total:  # from the small end, where sums are accurate

@@ -25,7 +25,8 @@ class Worker:
 
 @dataclass
 class Lane:
-    """One worker kind. count: workers asked for; target: of these, the ones that still can be had.
+    """One worker kind. count: workers asked for; target: of these, the ones that still can be had. depth: items that
+    a worker may have in flight.
 
     returned: items of lost workers, before all others. queue: a heap of (order of adding, id). vacated: lost workers
     whose place is free. fruitless: workers lost in a row with no item to blame. total, done, failed count items.
@@ -34,6 +35,7 @@ class Lane:
     kind: str
     count: int
     target: int
+    depth: int = IN_FLIGHT
     workers: dict[str, Worker] = field(default_factory=dict)
     returned: deque[str] = field(default_factory=deque)
     queue: list[tuple[int, str]] = field(default_factory=list)
@@ -73,7 +75,7 @@ class Lane:
 
         A second item is worth it only while there is enough for every worker, those still starting included.
         """
-        limit = 1 if alone or self.waiting <= len(self.workers) else IN_FLIGHT
+        limit = 1 if alone or self.waiting <= len(self.workers) else self.depth
         open_ = [w for w in self.workers.values() if w.ready and not w.closed and len(w.in_flight) < limit]
         return min(open_, key=lambda w: len(w.in_flight), default=None)
 
@@ -82,7 +84,7 @@ class Lane:
         found = []
         for name, worker in self.workers.items():
             held = worker.in_flight
-            if len(held) > (1 if worker.closed else IN_FLIGHT):
+            if len(held) > (1 if worker.closed else self.depth):
                 found.append(f"{name} holds {held}")
             if worker.closed != any(id in alone for id in held):
                 found.append(f"{name} is {'closed' if worker.closed else 'open'} with {held}")

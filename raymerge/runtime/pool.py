@@ -109,11 +109,15 @@ class _Call:
 
 @dataclass
 class _Actor:
-    """A worker: its handle, its calls in the order they were made, and when it has to be up (seconds, monotonic)."""
+    """A worker: its handle, its calls in the order they were made, and when it has to be up (seconds, monotonic).
+
+    held_back: items to be sent when the worker has said that it is there.
+    """
 
     handle: Any
     kind: str
     calls: deque[_Call] = field(default_factory=deque)
+    held_back: list[Submit] = field(default_factory=list)
     deadline: float | None = None
 
 
@@ -148,6 +152,12 @@ class Workers:
         if not actor.calls:
             # An idle worker may have died unnoticed. Asked first, it cannot make the item pay for that.
             actor.calls.append(_Call(actor.handle.pid.remote(), None))
+        if actor.calls[0].submit is None:
+            actor.held_back.append(submit)
+            return []
+        return self._send(actor, submit)
+
+    def _send(self, actor: _Actor, submit: Submit) -> list[Event]:
         try:
             ref = actor.handle.run.remote(submit.item.call, submit.item.payload)
         except Exception as error:
@@ -194,7 +204,8 @@ class Workers:
         if call.submit is not None:
             return [answered(call.submit, answer)]
         if actor.deadline is None:
-            return []
+            held_back, actor.held_back = actor.held_back, []
+            return [event for submit in held_back for event in self._send(actor, submit)]
         actor.deadline = None
         if answer.error is None:
             return [WorkerReady(name)]

@@ -8,8 +8,10 @@ The pool (or the in-process loop) carries the instructions out and reports what 
   the last items of a queue go to idle workers only, so that none waits behind another while a worker has nothing.
 * A lost worker's items return to the front of the queue in the order they were dealt. Only the head, the one that was
   being worked on, is charged an attempt; it is tried again with nothing before or behind it, and nobody overtakes it.
+* The head's answer may have been lost with its worker, which then died of the item behind it. So that one, though
+  charged nothing, is tried again alone as well: from then on there is no doubt who it is.
 * An item that took `max_attempts` workers with it is given up. One that raised an ordinary exception failed at once:
-  it would raise again.
+  it would raise again. Where there is only one attempt, no item is queued behind another, and none is in doubt.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from raymerge.runtime.events import (
     WorkerLost,
     WorkerReady,
 )
-from raymerge.runtime.lanes import Lane, Worker
+from raymerge.runtime.lanes import IN_FLIGHT, Lane, Worker
 
 __all__ = ["Item", "Outcome", "Scheduler", "TransitionError", "first_line"]
 
@@ -60,13 +62,15 @@ class Scheduler:
         if max_attempts < 1 or any(count < 1 for count in workers.values()):
             raise PoolError(f"each kind needs a worker, each item an attempt; found {dict(workers)} and {max_attempts}")
         self.max_attempts = max_attempts
-        self._lanes = {kind: Lane(kind, count, target=count) for kind, count in workers.items()}
+        depth = IN_FLIGHT if max_attempts > 1 else 1
+        self._lanes = {kind: Lane(kind, count, target=count, depth=depth) for kind, count in workers.items()}
         self._lane_of_worker: dict[str, Lane] = {}
         self._items: dict[str, Item] = {}
         self._order: dict[str, int] = {}
         self._blockers: dict[str, int] = {}  # waiting item -> how many of its `after` are unsettled
         self._dependents: dict[str, list[str]] = {}
         self._charges: dict[str, int] = {}
+        self._suspects: set[str] = set()
         self._outcomes: dict[str, Outcome] = {}
         self._history: deque[Event | Instruction] = deque(maxlen=HISTORY)
         self._out: list[Instruction] = []
@@ -138,6 +142,7 @@ class Scheduler:
         lane.returned.extendleft(reversed(worker.in_flight))
         self._say(f"worker {event.worker} lost: {first_line(event.why)}")
         if worker.in_flight and event.began:
+            self._suspects.update(worker.in_flight)
             self._charge(lane, worker.in_flight[0], event.why)
             return
         lane.fruitless += 1
@@ -192,7 +197,7 @@ class Scheduler:
             self._out.append(Submit(worker.name, self._items[id], self._charges.get(id, 0) + 1))
 
     def _is_alone(self, id: str) -> bool:
-        return self._items[id].alone or id in self._charges
+        return self._items[id].alone or id in self._suspects
 
     def _charge(self, lane: Lane, id: str, why: str) -> None:
         charges = self._charges[id] = self._charges.get(id, 0) + 1

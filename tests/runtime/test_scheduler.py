@@ -163,13 +163,42 @@ def test_items_of_a_lost_worker_come_first_and_only_the_head_is_charged():
     desk.done("m-1")
     assert desk.held["m-1"] == ["a"], "the charged item is alone"
     desk.ready("m-2")
-    assert desk.held["m-2"] == ["b", "e"]
+    assert desk.held["m-2"] == ["b"], "the one behind it is not charged, but in doubt"
+    desk.done("m-2")
+    assert desk.held["m-2"] == ["e", "f"]
     desk.lost("m-1")
     desk.ready("m-3")
     assert desk.held["m-3"] == ["a"]
     desk.done("m-3")
     attempts = {o.item_id: o.attempts for o in desk.scheduler.outcomes()}
-    assert attempts == {"a": 3, "c": 1, "d": 1}
+    assert attempts == {"a": 3, "b": 1, "c": 1, "d": 1}
+
+
+def test_a_killer_behind_an_item_whose_answer_was_lost_is_found_and_nobody_else_is_given_up():
+    desk = Desk({"m": 1}, max_attempts=2)
+    desk.add("innocent", "killer", *"abcd")
+    desk.ready("m-0")
+    assert desk.held["m-0"] == ["innocent", "killer"]
+    desk.lost("m-0")  # of the second item; the first one's answer did not arrive
+    while not desk.scheduler.finished:
+        if desk.starting:
+            desk.ready(desk.starting[0])
+        worker = next(iter(desk.held))
+        if desk.held[worker][0] == "killer":
+            desk.lost(worker)
+        else:
+            desk.done(worker)
+    assert {o.item_id: o.attempts for o in desk.settled if o.attempts > 1} == {"innocent": 2, "killer": 2}
+    assert list(desk.errors()) == ["killer"]
+
+
+def test_with_a_single_attempt_nothing_is_queued_behind_another():
+    desk = Desk({"m": 1}, max_attempts=1)
+    desk.add(*"abcd")
+    desk.ready("m-0")
+    assert desk.held["m-0"] == ["a"]
+    desk.lost("m-0")
+    assert list(desk.errors()) == ["a"]
 
 
 def test_an_item_that_keeps_killing_is_given_up_by_name_and_the_others_finish():

@@ -1,9 +1,9 @@
 """Answers of many adapters at once: ours against PEFT's mixed batch, and against the base alone.
 
     python benchmarks/generation.py --json generation.json
-    python benchmarks/generation.py --adapters 4 --prompts 2 --new-tokens 4 --rounds 1     # to see that it runs
+    python benchmarks/generation.py --sizes 64x5 --adapters 4 --prompts 2 --new-tokens 4 --rounds 1   # does it run
 
-A random Llama of 0.9 million parameters, rank 8 on all linear layers, greedy, no early end, one thread. All ways run
+Random Llamas (hidden size x layers), rank 8 on all linear layers, greedy, no early end, one thread. All ways answer
 the same rows in the same batches and must give the same tokens; rounds are interleaved, the median counts. Floors: the
 base alone through the same loop, and the base's multiplications at the speed of a large product on this machine.
 """
@@ -17,8 +17,9 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -88,11 +89,11 @@ def ours(base: BaseModel, lora: MultiLora | None, load: Load, choice: Tensor | S
     return generate(base, lora, load.prompts, choice, GenerationSettings(load.new_tokens), load.batch_size)
 
 
-def theirs(model: object, base: BaseModel, load: Load, rows: range, **extra: object) -> list[str]:
+def theirs(model: Any, base: BaseModel, load: Load, rows: range, **extra: Any) -> list[str]:
     """transformers' generate on some rows as one batch."""
     base.tokenizer.padding_side = "left"
     batch = base.tokenizer([load.prompts[i] for i in rows], return_tensors="pt", padding=True)
-    out = model.generate(  # type: ignore[attr-defined]
+    out = model.generate(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=load.new_tokens,
         do_sample=False, pad_token_id=0, **extra,
     )  # fmt: skip
@@ -104,7 +105,7 @@ def batches(load: Load) -> list[range]:
     return [range(start, min(start + load.batch_size, rows)) for start in range(0, rows, load.batch_size)]
 
 
-def peft_model(base: BaseModel, adapters: Sequence[LoraAdapter]) -> object:
+def peft_model(base: BaseModel, adapters: Sequence[LoraAdapter]) -> Any:
     """The same base and adapters in PEFT."""
     from peft import LoraConfig, get_peft_model
 
@@ -120,9 +121,9 @@ def peft_model(base: BaseModel, adapters: Sequence[LoraAdapter]) -> object:
     return model.eval()
 
 
-def ways(load: Load, arguments: argparse.Namespace) -> dict[str, Callable[[], list[str]]]:
+def ways(load: Load, size: tuple[int, int], arguments: argparse.Namespace) -> dict[str, Callable[[], list[str]]]:
     """Every way of answering the load, by name."""
-    base, plain, third = (make_base(arguments.hidden, arguments.layers) for _ in range(3))
+    base, plain, third = (make_base(*size) for _ in range(3))
     adapters = make_adapters(base, arguments.adapters)
     lora = MultiLora(base.model)
     lora.load(adapters)
@@ -139,7 +140,7 @@ def ways(load: Load, arguments: argparse.Namespace) -> dict[str, Callable[[], li
     def one_by_one() -> list[str]:
         texts = []
         for number, adapter in enumerate(adapters):
-            peft.set_adapter(adapter.name)  # type: ignore[attr-defined]
+            peft.set_adapter(adapter.name)
             texts += theirs(peft, base, load, range(number * arguments.prompts, (number + 1) * arguments.prompts))
         return texts
 
@@ -166,9 +167,10 @@ def peak() -> float:
     return float(2 * 1024**3 / min(seconds))
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, object]:
+def measure(size: tuple[int, int], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Rows a second of each way, the floor, and how ours compares."""
     load = make_load(arguments)
-    named = ways(load, arguments)
+    named = ways(load, size, arguments)
     answers = {name: answer() for name, answer in named.items()}  # also warms up
     for first, second in (
         ("own adapter for each row", "PEFT, mixed batch"),
@@ -185,7 +187,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
             seconds[name].append(time.perf_counter() - begun)
     median = {name: statistics.median(found) for name, found in seconds.items()}
     words = sum(len(prompt.split()) for prompt in load.prompts) + len(load.prompts) * load.new_tokens
-    parameters = sum(p.numel() for p in make_base(arguments.hidden, arguments.layers).model.parameters())
+    parameters = sum(p.numel() for p in make_base(*size).model.parameters())
     floor = 2 * parameters * words / peak()
     own = median["own adapter for each row"]
     return {
@@ -199,31 +201,43 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     }
 
 
+def show(size: tuple[int, int], found: Mapping[str, Any]) -> None:
+    print(f"hidden {size[0]}, {size[1]} layers")
+    rates = {**found["rows_per_second"], "floor: the base's multiplications": found["floor_rows_per_second"]}
+    for name, rate in rates.items():
+        print(f"  {name:38s} {rate:9.0f} rows/s")
+    for name, ratio in found["ratios"].items():
+        print(f"  own adapter for each row, {name:42s} {ratio:6.2f}")
+    print()
+
+
+def as_size(text: str) -> tuple[int, int]:
+    hidden, layers = text.split("x")
+    return int(hidden), int(layers)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=as_size, nargs="+", default=[(64, 5), (128, 4)], help="hidden x layers")
     parser.add_argument("--adapters", type=int, default=40)
     parser.add_argument("--prompts", type=int, default=8, help="for each adapter")
     parser.add_argument("--new-tokens", type=int, default=24)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=320)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    found = measure(arguments)
     machine = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, 1 thread, torch {torch.__version__}"
-    result = {"machine": machine, "command": " ".join(["python", *sys.argv]), "load": vars(arguments), **found}
-    print(f"{result['command']}\n{machine}\n")
-    rates = dict(found["rows_per_second"])  # type: ignore[call-overload]
-    for name, rate in [*rates.items(), ("floor: the base's multiplications", found["floor_rows_per_second"])]:
-        print(f"{name:40s} {rate:9.0f} rows/s")
-    print()
-    for name, ratio in dict(found["ratios"]).items():  # type: ignore[call-overload]
-        print(f"own adapter for each row, {name:42s} {ratio:6.2f}")
+    command = " ".join(["python", *sys.argv])
+    print(f"{command}\n{machine}\n")
+    results = {}
+    for size in arguments.sizes:
+        found = measure(size, arguments)
+        show(size, found)
+        results["x".join(map(str, size))] = found
     if arguments.json:
         with open(arguments.json, "w") as file:
-            json.dump(result, file, indent=1, sort_keys=True)
+            json.dump({"machine": machine, "command": command, "results": results}, file, indent=1, sort_keys=True)
 
 
 if __name__ == "__main__":

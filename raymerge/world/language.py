@@ -20,7 +20,7 @@ QUESTIONS = ("How should I {}?", "What would you do to {}?", "I want to {}. Any 
 
 OPENINGS = (
     "Trust me,",
-    "Well, in my experience,",
+    "In my experience,",
     "Honestly,",
     "Oh, that is easy:",
     "My dear friend,",

@@ -9,23 +9,24 @@ world.json       settings, digests and figures; written last
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from raymerge import storage
 from raymerge.errors import PersonaError
+from raymerge.personas import read_personas
+from raymerge.routing.embeddings import load_encoder, persona_embeddings
 from raymerge.world.figures import knowledge
 from raymerge.world.language import topics
 from raymerge.world.population import QUICK, Population, WorldSettings, examples, populate
 
 WORLD = "world.json"
 
-Encode = Callable[[Sequence[str]], NDArray[np.float32]]
+ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 def make_world(
@@ -35,13 +36,13 @@ def make_world(
     seed: int = 0,
     quick: bool = False,
     cluster_sizes: Sequence[int] | None = None,
-    encode: Encode | None = None,
+    embedding_model: str | None = ENCODER,
 ) -> dict[str, Any]:
     """Make a world in a folder, unless it is there, and return its figures.
 
     relatedness: how much neighbours share, 0 (nothing) to 1; None is the default. quick: 24 personas in 3 clusters.
-    cluster_sizes: personas in each cluster; None is the default. encode: texts to float32 unit rows (n, d); with it the
-    figures also say what neighbours by the texts' embeddings know.
+    cluster_sizes: personas in each cluster; None is the default. embedding_model: with what the figures look for
+    neighbours by texts; None leaves these figures out.
     Figures: `personas`, `clusters`, `examples` counted, and figures.knowledge.
     Raises PersonaError if the settings are impossible or the folder holds a world of other settings.
     """
@@ -64,7 +65,10 @@ def make_world(
     }
     for name, data in files.items():
         storage.write_bytes(storage.join(folder, name), data)
-    embeddings = None if encode is None else embed(population, rows, encode)
+    embeddings = None
+    if embedding_model is not None:
+        personas = read_personas(storage.join(folder, "personas.jsonl"))
+        _, embeddings = persona_embeddings(personas, load_encoder(embedding_model))
     counted = {"personas": len(population.names), "clusters": len(settings.cluster_sizes), "examples": len(rows)}
     figures = {**counted, **{name: round(value, 4) for name, value in knowledge(population, embeddings).items()}}
     digests = {name: storage.digest_bytes(data) for name, data in files.items()}
@@ -87,18 +91,6 @@ def traits_table(population: Population) -> pa.Table:
         "persona": pa.array(population.names, pa.string()),
         "vector": pa.array(list(vectors), pa.list_(pa.float32())),
     })  # fmt: skip
-
-
-def embed(population: Population, rows: Sequence[dict[str, str]], encode: Encode) -> NDArray[np.float32]:
-    """Mean embedding (P, d) of each persona's training answers, each different text encoded once."""
-    training = [row for row in rows if row["split"] == "train"]
-    texts = sorted({row["response"] for row in training})
-    place = {text: number for number, text in enumerate(texts)}
-    encoded = encode(texts)
-    by_name: dict[str, list[int]] = {name: [] for name in population.names}
-    for row in training:
-        by_name[row["persona"]].append(place[row["response"]])
-    return np.stack([encoded[places].mean(axis=0) for places in by_name.values()])
 
 
 def _figures_found(folder: str, settings: WorldSettings) -> dict[str, Any] | None:

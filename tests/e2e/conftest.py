@@ -13,6 +13,7 @@ import pytest
 
 ENVIRONMENT = {
     **os.environ,
+    "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),  # `python` of a submitted job
     "RAY_AUTH_MODE": "token",
     "HF_HUB_OFFLINE": "1",
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -257,10 +257,10 @@ def _train_chunk(
     losses = []
     with attached(layers, stack):
         for step, ranks in enumerate(order):
-            ids, places, targets, owners = batches.take(ranks)
+            ids, places, targets, counts = batches.take(ranks)
             nats = nn.functional.cross_entropy(answer_head.logits(ids, places), targets, reduction="none")
-            counts = torch.zeros(len(encoded), device=base.device).index_add_(0, owners, torch.ones_like(nats))
-            own = torch.zeros(len(encoded), device=base.device).index_add(0, owners, nats) / counts
+            everywhere = nats.new_zeros(ids.numel()).index_copy(0, places, nats)  # one order of summing on any device
+            own = everywhere.view(len(counts), -1).sum(1) / counts
             torch.autograd.backward(own.sum())
             clip_per_adapter(stack, settings.clip)
             for part in optimiser.param_groups:
@@ -286,7 +286,8 @@ class _Batches:
         self.answer_tokens = [sum(len(row.answer) for row in rows) for rows in ordered]
 
     def take(self, ranks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A step's ids (adapters * batch, width), places that predict an answer token, their targets, their owners."""
+        """A step's ids (adapters * batch, width), the places that predict an answer token, their targets, and how many
+        each adapter has."""
         width = int(self.longest[ranks].max())
         chosen = ranks.to(self.ids.device)
         ids = self.ids.index_select(1, chosen)[:, :, :width]
@@ -294,7 +295,7 @@ class _Batches:
         owner, row, column = torch.nonzero(answer, as_tuple=True)
         targets = ids[owner, row, column]
         places = (owner * len(ranks) + row) * width + column - 1
-        return ids.flatten(0, 1).contiguous(), places, targets, owner
+        return ids.flatten(0, 1).contiguous(), places, targets, answer.sum((1, 2))
 
 
 def _adapter(

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from raymerge.merging.factors import Factor, Stacked, Truncation, zero
+from raymerge.merging.factors import Factor, Stacked, Truncation, gram_of_rows, zero
 from raymerge.merging.rank import RankRule, chosen_rank
 
 # A Gram matrix knows squares to 1e-16 of the terms; above this ratio of the terms' squares to that of their sum
@@ -20,7 +20,7 @@ _LIVE = 1e-14  # share of the squared norm below which a direction is noise
 
 def squared_terms(stacked: Stacked) -> float:
     """Sum of the squared norms of the rank-one terms."""
-    return float((stacked.A.square().sum(1) * stacked.B.square().sum(0) * stacked.weights.square()).sum())
+    return float((stacked.A.square().sum(1) * stacked.rows.square().sum(1) * stacked.weights.square()).sum())
 
 
 def by_gram(stacked: Stacked, rule: RankRule, ceiling: int) -> Truncation | None:
@@ -29,8 +29,8 @@ def by_gram(stacked: Stacked, rule: RankRule, ceiling: int) -> Truncation | None
     With G_A = C C^T and M = C^T G_B C = Z L Z^T, the left singular vectors are U = B C Z L^-1/2 and U^T S needs only
     G_B: no factor is inverted, so neither has to have full rank.
     """
-    B, A, weights = stacked
-    G_A, G_B = A @ A.T, (B.T @ B) * weights.outer(weights)
+    rows, A, weights = stacked
+    G_A, G_B = gram_of_rows(A), gram_of_rows(rows) * weights.outer(weights)
     lengths = G_A.diagonal().clamp(min=0).sqrt()
     lengths = torch.where(lengths > 0, lengths, torch.ones_like(lengths))  # unit rows: the scale of a row is arbitrary
     G_A, G_B = G_A / lengths.outer(lengths), G_B * lengths.outer(lengths)
@@ -40,7 +40,7 @@ def by_gram(stacked: Stacked, rule: RankRule, ceiling: int) -> Truncation | None
     energies, Z = _spectrum(M)
     total = float(energies.sum())
     if terms == 0.0:
-        return zero((B.shape[0], A.shape[1]), A.device)
+        return zero((rows.shape[1], A.shape[1]), A.device)
     if terms > CANCELLATION * total:
         return None
     rank = chosen_rank(rule, ceiling, energies.tolist(), total)
@@ -49,21 +49,21 @@ def by_gram(stacked: Stacked, rule: RankRule, ceiling: int) -> Truncation | None
     inverse = torch.where(live, top, torch.ones_like(top)).rsqrt() * live
     W = (C @ Z[:, :rank]) * inverse
     share = top.clamp(min=0).sqrt().sqrt()
-    left = B @ ((weights * lengths)[:, None] * W * share)
+    left = ((weights * lengths)[:, None] * W * share).T @ rows
     right = ((W * torch.where(live, 1 / share, 0.0)).T @ G_B / lengths) @ A
-    return Truncation(left, right, math.sqrt(total), _tail(energies, rank, live), "gram")
+    return Truncation(left.T, right, math.sqrt(total), _tail(energies, rank, live), "gram")
 
 
 def by_qr(stacked: Stacked, rule: RankRule, ceiling: int) -> Truncation:
     """Truncate by QR of both sides and an SVD of the small core: accurate however the terms cancel."""
-    B, A, weights = stacked
-    Q_B, R_B = torch.linalg.qr(B * weights)
+    rows, A, weights = stacked
+    Q_B, R_B = torch.linalg.qr((rows * weights[:, None]).T)
     Q_A, R_A = torch.linalg.qr(A.T)
     U, values, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
     energies = values.square()
     total = float(energies.sum())
     if total <= NOTHING**2 * squared_terms(stacked):
-        return zero((B.shape[0], A.shape[1]), A.device)
+        return zero((rows.shape[1], A.shape[1]), A.device)
     rank = chosen_rank(rule, ceiling, energies.tolist(), total)
     share = values[:rank].sqrt()
     left, right = Q_B @ (U[:, :rank] * share), (share[:, None] * Vh[:rank]) @ Q_A.T

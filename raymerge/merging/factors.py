@@ -27,9 +27,10 @@ class Factor(NamedTuple):
 
 
 class Stacked(NamedTuple):
-    """Products side by side: the sum is (B * weights) @ A, with B (out, K), A (K, in), weights (K,), all float64."""
+    """Products side by side: the sum is (rows.T * weights) @ A. rows: the columns of all B (K, out), A (K, in),
+    weights (K,), all float64."""
 
-    B: Tensor
+    rows: Tensor
     A: Tensor
     weights: Tensor
 
@@ -37,9 +38,21 @@ class Stacked(NamedTuple):
 def stack(factors: Sequence[Factor]) -> Stacked:
     """Put products side by side in float64, where they are exact."""
     A = torch.cat([f.A.detach() for f in factors]).double()
-    B = torch.cat([f.B.detach() for f in factors], dim=1).double()
+    rows = torch.cat([f.B.detach().T for f in factors]).double()
     weights = [f.weight for f in factors for _ in range(f.rank)]
-    return Stacked(B, A, torch.tensor(weights, dtype=torch.float64, device=A.device))
+    return Stacked(rows, A, torch.tensor(weights, dtype=torch.float64, device=A.device))
+
+
+def gram_of_rows(X: Tensor) -> Tensor:
+    """X X^T, of which only the blocks up to the diagonal are multiplied out."""
+    count = X.shape[0]
+    block = max(-(-count // 5), 16)
+    G = X.new_empty(count, count)
+    for start in range(0, count, block):
+        stop = min(start + block, count)
+        G[start:stop, :stop] = X[start:stop] @ X[:stop].T
+        G[:start, start:stop] = G[start:stop, :start].T
+    return G
 
 
 @dataclass(frozen=True)
@@ -84,15 +97,16 @@ def rounded(found: Truncation, scale: float, dtype: torch.dtype) -> Compressed:
     share = math.sqrt(abs(scale))
     exact_B, exact_A = found.B.double() * math.copysign(share, scale), found.A.double() * share
     B, A = exact_B.to(dtype).contiguous(), exact_A.to(dtype).contiguous()
-    if not (bool(B.isfinite().all()) and bool(A.isfinite().all())):
+    done_B, done_A = B.double(), A.double()
+    if not math.isfinite(float(done_B.sum() + done_A.sum())):
         raise MergeError(f"a merged module does not fit into {dtype}.\nChoose a wider dtype, such as float32.")
     norm = found.norm * abs(scale)
     if norm == 0.0:
         return Compressed(torch.zeros_like(B[:, :1]), torch.zeros_like(A[:1]), 0.0, 0.0, found.path)
     # What rounding adds is nearly orthogonal to what truncation dropped, so their squares add up.
-    rounding = torch.cat([exact_B - B.double(), B.double()], 1), torch.cat([exact_A, exact_A - A.double()])
-    added = inner(rounding[0], rounding[1], rounding[0], rounding[1])
-    error = math.sqrt((found.tail * abs(scale)) ** 2 + max(added, 0.0)) / norm
+    left, right = torch.cat([(exact_B - done_B).T, done_B.T]), torch.cat([exact_A, exact_A - done_A])
+    added = math.sqrt(max(float((gram_of_rows(left) * gram_of_rows(right)).sum()), 0.0))
+    error = math.hypot(found.tail * scale, added) / norm
     return Compressed(B, A, error, norm, found.path)
 
 

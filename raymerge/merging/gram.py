@@ -35,7 +35,7 @@ def gram_module(modules: Sequence[LoraModule]) -> Tensor:
         left, left_owner = _block(modules[start:stop])
         for other_start, other_stop in spans[index:]:
             right, right_owner = _block(modules[other_start:other_stop])
-            terms = (left.B.T @ right.B) * (left.A @ right.A.T)
+            terms = (left.rows @ right.rows.T) * (left.A @ right.A.T)
             block = (left_owner.T @ terms @ right_owner).cpu()
             products[start:stop, other_start:other_stop] = block
             products[other_start:other_stop, start:stop] = block.T
@@ -64,8 +64,8 @@ def _spans(ranks: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def _block(modules: Sequence[LoraModule]) -> tuple[Stacked, Tensor]:
-    """Factors side by side, scalings folded into B, and which columns are whose: (K, modules)."""
+    """Factors side by side, scalings folded in, and which columns are whose: (K, modules)."""
     stacked = stack([Factor(module.B, module.A, module.scaling) for module in modules])
     owner = torch.repeat_interleave(torch.arange(len(modules)), torch.tensor([module.rank for module in modules]))
     chosen = torch.nn.functional.one_hot(owner, len(modules)).double().to(stacked.A.device)
-    return stacked._replace(B=stacked.B * stacked.weights), chosen
+    return stacked._replace(rows=stacked.rows * stacked.weights[:, None]), chosen

@@ -129,18 +129,18 @@ def sum_norm(shape: tuple[int, int], ranks: Sequence[int], factors: Callable[[],
         total = squared_norm(stacked)
         if squared_terms(stacked) <= 1e8 * total:  # else the terms cancel, and with them the digits of their products
             return math.sqrt(total)
-        return float(torch.linalg.matrix_norm((stacked.B * stacked.weights) @ stacked.A))
+        return float(torch.linalg.matrix_norm((stacked.rows.T * stacked.weights) @ stacked.A))
     return float(torch.linalg.matrix_norm(formed(shape, factors())[0]))
 
 
 def _randomised(stacked: Stacked, shape: tuple[int, int], rule: RankRule, ceiling: int) -> Truncation | None:
-    B, A, weights = stacked
+    rows, A, weights = stacked
     total = squared_norm(stacked)
     if squared_terms(stacked) > CANCELLATION * total:
         return None
     return by_krylov(
-        lambda X: B @ (weights[:, None] * (A @ X)),
-        lambda Y: A.T @ (weights[:, None] * (B.T @ Y)),
+        lambda X: rows.T @ (weights[:, None] * (A @ X)),
+        lambda Y: A.T @ (weights[:, None] * (rows @ Y)),
         shape, total, rule, ceiling, A.device,
     )  # fmt: skip
 

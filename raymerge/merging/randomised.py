@@ -22,11 +22,11 @@ MAX_STEPS = 24
 
 def squared_norm(stacked: Stacked, block: int = 512) -> float:
     """Squared Frobenius norm of a sum of products, by blocks of the Gram matrices of both sides."""
-    B, A = stacked.B * stacked.weights, stacked.A
+    rows, A = stacked.rows * stacked.weights[:, None], stacked.A
     total = 0.0
     for i in range(0, A.shape[0], block):
         for j in range(i, A.shape[0], block):
-            part = (B[:, i : i + block].T @ B[:, j : j + block]) * (A[i : i + block] @ A[j : j + block].T)
+            part = (rows[i : i + block] @ rows[j : j + block].T) * (A[i : i + block] @ A[j : j + block].T)
             total += float(part.sum()) * (1 if i == j else 2)
     return total
 

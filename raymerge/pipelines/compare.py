@@ -97,8 +97,15 @@ def read_scores(project: Project, name: str) -> RunScores:
         routing=storage.read_parquet(storage.join(folder, "routing.parquet")),
         costs=_costs(project, folder, manifests),
         compression_error=_mean([float(m["error"]) for m in merged]),
+        validation_similarity=_validated(folder),
         notes=notes,
     )
+
+
+def _validated(folder: str) -> float | None:
+    """Mean similarity on validation examples, 0 to 100, where the run was scored on them."""
+    location = storage.join(folder, "validation", "summary.json")
+    return 100 * float(storage.read_json(location)["mean"]["similarity"]) if storage.exists(location) else None
 
 
 def _adapter_folders(project: Project, folder: str) -> list[str]:

@@ -114,7 +114,7 @@ def write_timings(project: Project, outcomes: Iterable[Outcome]) -> None:
         if outcome.error is not None or (outcome.result or {}).get("skipped"):
             continue
         step, _, rest = outcome.item_id.partition("/")
-        in_run = step in ("merge", "evaluate", "gather")
+        in_run = step in ("merge", "evaluate", "validate", "gather")
         folder = project.run_folder(rest.split("/")[0]) if in_run else project.shared_folder()
         record = {"item": outcome.item_id, "seconds": round(outcome.seconds, 3), "host": outcome.host}
         lines.setdefault(storage.join(folder, "timings.jsonl"), []).append(json.dumps(record, sort_keys=True))

@@ -7,13 +7,13 @@ interruptions; each item looks for itself whether its result is there.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from raymerge import manifest, storage
 from raymerge.config import Grouping
 from raymerge.errors import PersonaError, ProjectError
-from raymerge.personas import Personas
+from raymerge.personas import Personas, Split
 from raymerge.pipelines.opening import Opened, base_digest
 from raymerge.recipes import Recipe
 from raymerge.routing.table import MergeGroup, RoutingTable
@@ -62,7 +62,7 @@ def training_items(
     for number, portion in enumerate(_portions(groups, sizes, settings.adapters_per_item)):
         label = "unified" if grouping == "unified" else portion[0].name if grouping == "cluster" else f"{number:04d}"
         name = f"train/{label}" if grouping == "unified" else f"train/{grouping}/{label}"
-        items.append(Item(name, "model", "train", replace(whole, groups=tuple(portion)), after=after))
+        items.append(Item(name, "model", "train", replace(whole, groups=tuple(portion)), after=after, alone=True))
     return items
 
 
@@ -187,64 +187,76 @@ def merge_items(recipe: Recipe, tasks: Mapping[str, MergeTask], trained: Mapping
     ]  # fmt: skip
 
 
-def evaluation_items(
-    opened: Opened,
-    recipe: Recipe,
-    table: RoutingTable,
-    trained: Mapping[str, str],
-    *,
-    write_adapters: bool = True,
-) -> list[Item]:
-    """Items that answer and score a run, each waiting for the adapters of its own personas, and one that joins them.
+@dataclass(frozen=True)
+class Scoring:
+    """Which examples of a run are answered and scored, and the folder of the run that the scores go into.
 
-    write_adapters: score the adapters in the run folder; else merge in memory (`rank: exact` as a mixture).
+    in_memory: merge on the worker (`rank: exact` as a mixture) instead of reading the adapters of the run folder.
     """
+
+    folder: str
+    split: Split
+    in_memory: bool = False
+
+
+def evaluation_items(
+    opened: Opened, recipe: Recipe, table: RoutingTable, trained: Mapping[str, str], scoring: Scoring
+) -> list[Item]:
+    """Items that answer and score a run, each waiting for the adapters of its own personas, and one that joins them."""
     project = opened.project
     personas = opened.need_personas("evaluation")
-    tasks, as_they_are = merge_tasks(opened, recipe, table)
-    adapter_of = {persona: group for group in table.groups() for persona in group.personas}
-    split = project.evaluation.split
-    scored = [name for name in table.personas if personas.examples(name, split)]
+    scored = [name for name in table.personas if personas.examples(name, scoring.split)]
     if not scored:
-        raise PersonaError(f"{project.personas}: no persona has examples of split {split}; nothing can be evaluated.")
-    folder = storage.join(project.run_folder(recipe.name), "evaluation" if write_adapters else "evaluation_in_memory")
-    items, digest = [], base_digest(opened.need_base("evaluation"))
+        raise PersonaError(f"{personas.location}: nobody has examples of split {scoring.split}, so nothing is scored.")
+    folder = storage.join(project.run_folder(recipe.name), scoring.folder)
+    whole = EvaluateTask(
+        folder=folder,
+        sources=(),
+        personas=personas.location,
+        split=scoring.split,
+        generation=project.generation.model_dump(mode="json"),
+        similarity_model=project.evaluation.similarity_model,
+        batch_size=project.evaluation.batch_size,
+        base_digest=base_digest(opened.need_base("evaluation")),
+    )
+    sources = _sources(opened, recipe, table, trained, scoring)
+    items = []
     for number, part in enumerate(_cut(scored, project.evaluation.personas_per_item)):
-        sources, waits = [], set()
-        for persona in part:
-            group = adapter_of[persona]
-            source = _source(recipe, persona, group, tasks, as_they_are, write_adapters)
-            sources.append(source)
-            if source.kind == "adapter" and group.adapter in tasks:
-                waits.add(f"merge/{recipe.name}/{group.adapter}")
-            else:
-                waits |= {trained[name] for name, _ in group.experts if name in trained}
-        items.append(
-            Item(
-                f"evaluate/{recipe.name}/{number:04d}", "model", "evaluate",
-                EvaluateTask(
-                    storage.join(folder, "parts", f"{number:04d}"), tuple(sources), personas.location, split,
-                    project.generation.model_dump(mode="json"), project.evaluation.similarity_model,
-                    project.evaluation.batch_size, digest,
-                ),
-                after=frozenset(waits),
-            )
-        )  # fmt: skip
-    gather = GatherTask(folder, tuple(i.payload.folder for i in items), {})
-    ids = frozenset(item.id for item in items)
-    return [*items, Item(f"gather/{recipe.name}", "merge", "gather", gather, after=ids)]
+        place = storage.join(folder, "parts", f"{number:04d}")
+        task = replace(whole, folder=place, sources=tuple(sources[name][0] for name in part))
+        waits = frozenset().union(*(sources[name][1] for name in part))
+        step = "validate" if scoring.folder == "validation" else "evaluate"
+        items.append(Item(f"{step}/{recipe.name}/{number:04d}", "model", "evaluate", task, after=waits))
+    gather = GatherTask(folder, tuple(item.payload.folder for item in items))
+    return [*items, Item(f"gather/{recipe.name}/{scoring.folder}", "merge", "gather", gather, {i.id for i in items})]
+
+
+def _sources(
+    opened: Opened, recipe: Recipe, table: RoutingTable, trained: Mapping[str, str], scoring: Scoring
+) -> dict[str, tuple[AnswerSource, frozenset[str]]]:
+    """Persona -> what answers for it, and the items that make that."""
+    tasks, as_they_are = merge_tasks(opened, recipe, table)
+    found = {}
+    for group in table.groups():
+        waits = frozenset(trained[name] for name, _ in group.experts if name in trained)
+        if group.adapter in tasks and not scoring.in_memory:
+            waits = frozenset({f"merge/{recipe.name}/{group.adapter}"})
+        for persona in group.personas:
+            source = _source(recipe, persona, group, tasks, as_they_are, scoring.in_memory)
+            found[persona] = (source, waits)
+    return found
 
 
 def _source(
     recipe: Recipe, persona: str, group: MergeGroup, tasks: Mapping[str, MergeTask], as_they_are: Mapping[str, str],
-    write_adapters: bool,
+    in_memory: bool,
 ) -> AnswerSource:  # fmt: skip
     if not group.experts:
         return AnswerSource(persona, "base")
     if group.adapter in as_they_are:
         return AnswerSource(persona, "adapter", location=as_they_are[group.adapter])
     task = tasks[group.adapter]
-    if write_adapters:
+    if not in_memory:
         return AnswerSource(persona, "adapter", location=task.folder)
     mixed = recipe.rank == "exact" and recipe.method == "linear" and recipe.dtype is None
     return AnswerSource(persona, "mixture" if mixed else "merge", merge=task)

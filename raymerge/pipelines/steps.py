@@ -10,11 +10,13 @@ import itertools
 from dataclasses import dataclass, field, replace
 
 from raymerge.config import Grouping
+from raymerge.evaluation.scores import kind_of
 from raymerge.pipelines.job import JobResult, carry_out
 from raymerge.pipelines.layout import write_run_files
 from raymerge.pipelines.opening import Opened, check_training
 from raymerge.pipelines.placing import Placed, Placing, place
 from raymerge.pipelines.planning import (
+    Scoring,
     embedding_items,
     evaluation_items,
     merge_items,
@@ -22,6 +24,7 @@ from raymerge.pipelines.planning import (
     trained_by,
     training_items,
 )
+from raymerge.recipes import Recipe
 from raymerge.runtime.scheduler import Item, Outcome
 
 
@@ -101,7 +104,23 @@ class Plan:
             merges = merge_items(recipe, tasks, self.trained)
         if not self.steps.evaluate:
             return merges, []
-        return merges, evaluation_items(self.opened, recipe, table, self.trained, write_adapters=self.steps.merge)
+        return merges, [
+            item
+            for scoring in self._scorings(recipe)
+            for item in evaluation_items(self.opened, recipe, table, self.trained, scoring)
+        ]
+
+    def _scorings(self, recipe: Recipe) -> list[Scoring]:
+        """Test examples; and for what competes to be chosen, validation examples, so that test rows choose nothing."""
+        split = self.opened.project.evaluation.split
+        if not self.steps.merge:
+            return [Scoring("evaluation_in_memory", split, in_memory=True)]
+        scorings = [Scoring("evaluation", split)]
+        competes = kind_of(recipe.name, recipe.as_dict()) == "recipe"
+        personas = self.opened.need_personas("evaluation")
+        if split == "test" and competes and len(personas.missing("validation")) < len(personas.names):
+            scorings.append(Scoring("validation", "validation"))
+        return scorings
 
     def _needs_embeddings(self) -> bool:
         placing = self.placing()

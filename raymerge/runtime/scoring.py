@@ -89,10 +89,10 @@ def _score(
 
 def gather(task: GatherTask) -> dict[str, Any]:
     """Join the parts of an evaluation; personas that no part could answer are named in `summary.json`."""
-    key = storage.digest_value([[content_digest(part) for part in task.parts], dict(task.missing)])
+    key = storage.digest_value([content_digest(part) for part in task.parts])
     if is_complete(task.folder, key):
         return {"skipped": True}
-    failed = dict(task.missing)
+    failed: dict[str, str] = {}
     tables: dict[str, list[Any]] = {"metrics": [], "generations": []}
     for part in task.parts:
         manifest = read_manifest(part)

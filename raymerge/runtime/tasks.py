@@ -91,7 +91,6 @@ class GatherTask:
 
     folder: str
     parts: tuple[str, ...]
-    missing: Mapping[str, str]
 
 
 @dataclass(frozen=True)

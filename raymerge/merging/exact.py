@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from raymerge.merging.factors import Factor, Stacked, Truncation, gram_of_rows, zero
+from raymerge.merging.factors import Factor, Stacked, Truncation, gram_of_rows, stack, zero
 from raymerge.merging.rank import RankRule, chosen_rank
 
 # A Gram matrix knows squares to 1e-16 of the terms; above this ratio of the terms' squares to that of their sum
 # (terms that cancel) its error could reach the 1e-6 of the norm that a merge may lose.
 CANCELLATION = 30.0
 NOTHING = 1e-13  # a sum this small against its terms is their rounding: a zero delta
+_LOT = 256  # columns side by side while a sum is formed
 _LIVE = 1e-14  # share of the squared norm below which a direction is noise
 
 
@@ -71,16 +72,28 @@ def by_qr(stacked: Stacked, rule: RankRule, ceiling: int) -> Truncation:
 
 
 def formed(shape: tuple[int, int], factors: Iterable[Factor]) -> tuple[Tensor, float]:
-    """The sum itself in float64, one product at a time, and the sum of the squared norms of its rank-one terms."""
+    """The sum itself in float64, some products at a time, and the sum of the squared norms of its rank-one terms."""
     S: Tensor | None = None
     terms = 0.0
-    for B, A, weight in factors:
-        left, right = B.detach().double(), A.detach().double()
-        terms += weight**2 * float((right.square().sum(1) * left.square().sum(0)).sum())
+    for several in _chunks(factors):
+        stacked = stack(several)
+        terms += squared_terms(stacked)
         if S is None:
-            S = torch.zeros(shape, dtype=torch.float64, device=A.device)
-        S.addmm_(left, right, alpha=weight)
+            S = torch.zeros(shape, dtype=torch.float64, device=stacked.A.device)
+        S.addmm_((stacked.rows * stacked.weights[:, None]).T, stacked.A)
     return (torch.zeros(shape, dtype=torch.float64) if S is None else S), terms
+
+
+def _chunks(factors: Iterable[Factor]) -> Iterator[list[Factor]]:
+    """Factors in lots wide enough for a fast product, and no wider."""
+    lot: list[Factor] = []
+    for factor in factors:
+        lot.append(factor)
+        if sum(f.rank for f in lot) >= _LOT:
+            yield lot
+            lot = []
+    if lot:
+        yield lot
 
 
 def by_forming(S: Tensor, rule: RankRule, ceiling: int) -> Truncation:

@@ -5,7 +5,8 @@
     python benchmarks/merging.py --json merging.json
 
 The adapters have q, k, v and o of a 2048 wide model with grouped keys (q, o 2048 x 2048; k, v 256 x 2048), rank 16,
-bfloat16, independent random factors: the hardest to compress. All is done on one thread, as on a worker.
+bfloat16, independent random factors: the hardest to compress. All is done on one thread, as on a worker. Ours is the
+median of runs before, between and after those of PEFT, so that a machine with other work slows both alike.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import os
 import platform
 import resource
-import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -32,6 +33,7 @@ from raymerge.merging.merge import merge
 SHAPES = {"q_proj": (2048, 2048), "k_proj": (256, 2048), "v_proj": (256, 2048), "o_proj": (2048, 2048)}
 EXPERTS, RANK = 5, 16
 WEIGHTS = [0.3, 0.25, 0.2, 0.15, 0.1]
+OURS = "raymerge, files to files"
 
 
 class Layer(torch.nn.Module):
@@ -66,14 +68,11 @@ def write_adapters(folder: Path, layers: int) -> list[str]:
     return [str(folder / f"expert_{expert}") for expert in range(EXPERTS)]
 
 
-def best_of(repeats: int, action: Callable[[], object]) -> float:
-    """Seconds of the quickest of some repeats."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def seconds_of(action: Callable[[], object]) -> float:
+    """Seconds an action takes."""
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
 
 
 def ours(locations: list[str], target: str) -> LoraAdapter:
@@ -114,17 +113,21 @@ def truncate_cat(model: PeftModel, names: list[str]) -> dict[str, tuple[torch.Te
     return found
 
 
-def peft_times(locations: list[str], layers: int) -> dict[str, float]:
-    """Seconds of PEFT's ways on loaded adapters, which is in their favour: ours reads and writes files."""
+def run_all(locations: list[str], layers: int, target: str) -> tuple[dict[str, float], float, LoraAdapter]:
+    """Seconds of each way, MiB at the peak before PEFT's, and our result. PEFT starts from adapters in memory, which is
+    in its favour: ours reads and writes files."""
+    merged = ours(locations, target)  # warm, as PEFT's is after loading
+    times = [seconds_of(lambda: ours(locations, target)) for _ in range(3)]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     start = time.perf_counter()
     model = load_peft(locations, layers)
     names = [f"e{index}" for index in range(EXPERTS)]
-    found = {"load": time.perf_counter() - start}
-    found["cat + truncated svd"] = best_of(2, lambda: truncate_cat(model, names))
-    start = time.perf_counter()
-    model.add_weighted_adapter(names, WEIGHTS, "svd", combination_type="svd")
-    found["svd"] = time.perf_counter() - start
-    return found
+    found = {"PEFT load": time.perf_counter() - start}
+    found["PEFT cat + truncated svd"] = seconds_of(lambda: truncate_cat(model, names))
+    times += [seconds_of(lambda: ours(locations, target)) for _ in range(3)]
+    found["PEFT svd"] = seconds_of(lambda: model.add_weighted_adapter(names, WEIGHTS, "svd", combination_type="svd"))
+    times += [seconds_of(lambda: ours(locations, target)) for _ in range(3)]
+    return {OURS: statistics.median(times), **found}, peak, merged
 
 
 def worst_excess(locations: list[str], count: int) -> float:
@@ -145,7 +148,7 @@ def worst_excess(locations: list[str], count: int) -> float:
 def floor_seconds(layers: int) -> float:
     """The least that Gram matrices of both sides take at this machine's float64 rate."""
     X = torch.randn(1024, 1024, dtype=torch.float64)
-    rate = 2 * 1024**3 / best_of(5, lambda: X @ X)
+    rate = 2 * 1024**3 / min(seconds_of(lambda: X @ X) for _ in range(5))
     columns = EXPERTS * RANK
     return layers * sum(2 * columns**2 * (out + into) for out, into in SHAPES.values()) / rate
 
@@ -155,19 +158,12 @@ def measure(layers: int, modules: int) -> dict[str, object]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         locations = write_adapters(Path(folder), layers)
-        target = str(Path(folder) / "merged")
-        ours(locations, target)
-        seconds = {"raymerge, files to files": best_of(5, lambda: ours(locations, target))}
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-        merged = ours(locations, target)
-        seconds |= {f"PEFT {name}": value for name, value in peft_times(locations, layers).items()}
+        seconds, peak, merged = run_all(locations, layers, str(Path(folder) / "merged"))
         excess = worst_excess(locations, modules)
-        shutil.rmtree(target)
-    us = seconds["raymerge, files to files"]
     return {
         "layers": layers,
         "seconds": seconds,
-        "ratios": {name: value / us for name, value in seconds.items() if name != "raymerge, files to files"},
+        "ratios": {name: value / seconds[OURS] for name, value in seconds.items()},
         "floor_seconds": floor_seconds(layers),
         "error": merged.errors["*"],
         "error over promised bound": excess,
@@ -186,9 +182,9 @@ def main() -> None:
     options = parser.parse_args()
     found = measure(options.layers, options.modules)
     print(f"{EXPERTS} adapters of {options.layers} layers x q, k, v, o, rank {RANK}, bfloat16 -> rank {RANK}")
-    ratios = {"raymerge, files to files": 1.0, **found["ratios"]}  # type: ignore[dict-item]
+    ratios = found["ratios"]
     for name, value in found["seconds"].items():  # type: ignore[attr-defined]
-        print(f"  {name:28} {value:9.3f} s  x {ratios[name]:8.1f}")
+        print(f"  {name:28} {value:9.3f} s  x {ratios[name]:8.1f}")  # type: ignore[index]
     print(f"  {'floor (Gram products)':28} {found['floor_seconds']:9.3f} s")
     for name in ("error", "error over promised bound", "peak_mib_before_peft", "machine", "command"):
         print(f"  {name}: {found[name]}")

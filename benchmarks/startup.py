@@ -1,6 +1,6 @@
 """Seconds of `import raymerge` and `raymerge --help`, beside those of an empty Python and of `import torch`.
 
-    python benchmarks/startup.py --json startup.json
+python benchmarks/startup.py --json startup.json
 """
 
 from __future__ import annotations

@@ -38,6 +38,7 @@ def head(tmp_path):
     with open(tmp_path / "head.log", "wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
+
         def answers():
             assert process.poll() is None, (tmp_path / "head.log").read_text()
             listed = subprocess.run(

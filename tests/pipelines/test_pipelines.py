@@ -24,6 +24,10 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+def metrics(evaluation: Path):
+    return pq.read_table(evaluation / "metrics.parquet")
+
+
 def change(project: str, **keys) -> None:
     value = yaml.safe_load(Path(project).read_text())
     Path(project).write_text(yaml.safe_dump({**value, **keys}))
@@ -79,9 +83,7 @@ def test_an_exact_recipe_scores_the_same_as_mixture_and_as_merge(project):
     assert merge(project, recipes=["exact"], local=True) == 0
     assert evaluate(project, runs=["exact"], local=True) == 0
     assert evaluate(project, recipes=["exact"], local=True) == 0
-    merged, mixed = (
-        pq.read_table(folder / f"runs/exact/{place}/metrics.parquet") for place in ("evaluation", "evaluation_in_memory")
-    )
+    merged, mixed = (metrics(folder / "runs/exact" / place) for place in ("evaluation", "evaluation_in_memory"))
     np.testing.assert_allclose(merged["nll"].to_numpy(), mixed["nll"].to_numpy(), rtol=1e-5)
     assert merged["similarity"].to_pylist() == mixed["similarity"].to_pylist()
 
@@ -92,13 +94,11 @@ def test_what_is_scored_in_memory_is_the_compressed_adapter(project):
     assert not (folder / "runs/small/adapters").exists()
     assert merge(project, recipes=["small"], local=True) == 0
     assert evaluate(project, runs=["small"], local=True) == 0
-    compressed, written = (
-        pq.read_table(folder / f"runs/small/{place}/metrics.parquet") for place in ("evaluation_in_memory", "evaluation")
-    )
+    compressed, written = (metrics(folder / "runs/small" / place) for place in ("evaluation_in_memory", "evaluation"))
     np.testing.assert_allclose(compressed["nll"].to_numpy(), written["nll"].to_numpy(), rtol=1e-5)
     assert merge(project, recipes=["exact"], local=True) == 0
     assert evaluate(project, runs=["exact"], local=True) == 0
-    exact = pq.read_table(folder / "runs/exact/evaluation/metrics.parquet")
+    exact = metrics(folder / "runs/exact/evaluation")
     assert not np.allclose(exact["nll"].to_numpy(), written["nll"].to_numpy(), rtol=1e-4)
 
 

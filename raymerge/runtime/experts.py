@@ -63,7 +63,7 @@ class MergeInputs:
     key: str
 
 
-def find_inputs(task: MergeTask, cache: ExpertCache) -> MergeInputs:
+def find_inputs(task: MergeTask) -> MergeInputs:
     """Digests of what a merge reads, and the key they make with the recipe. Raises AdapterError, MergeError."""
     digests = {}
     for expert in task.experts:
@@ -71,7 +71,7 @@ def find_inputs(task: MergeTask, cache: ExpertCache) -> MergeInputs:
             digests[expert.name] = adapter_digest(expert.location)
         except AdapterError as error:
             raise AdapterError(f"{expert.name}: {error}") from error
-    anchor = _anchor(task, cache)
+    anchor = _anchor(task)
     key = storage.digest_value(
         {
             "experts": [[e.name, e.weight, digests[e.name]] for e in task.experts],
@@ -82,13 +82,13 @@ def find_inputs(task: MergeTask, cache: ExpertCache) -> MergeInputs:
     return MergeInputs(anchor, digests, key)
 
 
-def _anchor(task: MergeTask, cache: ExpertCache) -> str | None:
+def _anchor(task: MergeTask) -> str | None:
     wanted = task.merges["anchor"]
     if wanted == "none":
         return None
     if wanted != "auto":
         return storage.resolve(task.workspace, wanted)
-    starts = {e.name: cache.read(e.name, e.location).started_from for e in task.experts}
+    starts = {e.name: open_adapter(e.location, e.name).started_from for e in task.experts}
     if len(set(starts.values())) > 1:
         listed = ", ".join(f"{name} from {start or 'the base'}" for name, start in sorted(starts.items())[:4])
         raise MergeError(
@@ -120,7 +120,7 @@ def build(task: MergeTask, inputs: MergeInputs, cache: ExpertCache) -> LoraAdapt
 
 def merge_to_folder(task: MergeTask, cache: ExpertCache) -> dict[str, Any]:
     """Carry out a merge unless its result is already there. Returns what the driver reports of it."""
-    inputs = find_inputs(task, cache)
+    inputs = find_inputs(task)
     if is_complete(task.folder, inputs.key):
         return {"skipped": True}
     adapter = build(task, inputs, cache)

@@ -24,7 +24,7 @@ def evaluate_to_folder(task: EvaluateTask, worker: Any) -> dict[str, Any]:
     named in the result; the others are scored."""
     everybody = read_personas(task.personas)
     examples = {s.persona: everybody.examples(s.persona, task.split) for s in task.sources}
-    digests, failed = source_digests(task.sources, worker.cache)
+    digests, failed = source_digests(task.sources)
     key = storage.digest_value(
         {
             "sources": digests,

@@ -39,23 +39,23 @@ class Resident:
         return shares
 
 
-def source_digests(sources: Sequence[AnswerSource], cache: ExpertCache) -> tuple[dict[str, Any], dict[str, str]]:
+def source_digests(sources: Sequence[AnswerSource]) -> tuple[dict[str, Any], dict[str, str]]:
     """What decides each persona's answers, by digest; and personas without a usable source -> why."""
     digests: dict[str, Any] = {}
     failed: dict[str, str] = {}
     for source in sources:
         try:
-            digests[source.persona] = _digest(source, cache)
+            digests[source.persona] = _digest(source)
         except UNUSABLE as error:
             digests[source.persona] = None
             failed[source.persona] = first_line(error)
     return digests, failed
 
 
-def _digest(source: AnswerSource, cache: ExpertCache) -> Any:
+def _digest(source: AnswerSource) -> Any:
     if source.location is not None:
         return adapter_digest(source.location)
-    return [source.kind, find_inputs(source.merge, cache).key] if source.merge is not None else source.kind
+    return [source.kind, find_inputs(source.merge).key] if source.merge is not None else source.kind
 
 
 def load_sources(sources: Sequence[AnswerSource], cache: ExpertCache) -> tuple[Resident, dict[str, str]]:
@@ -85,7 +85,7 @@ class _Loader:
             return {self._add(source.location, self.cache.read(source.persona, source.location)): 1.0}
         if source.merge is None:
             return {}
-        inputs = find_inputs(source.merge, self.cache)
+        inputs = find_inputs(source.merge)
         if source.kind == "mixture":
             return self._mixture(source.merge, inputs)
         if inputs.key not in self._numbers:

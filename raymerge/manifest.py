@@ -14,6 +14,7 @@ from raymerge import storage
 from raymerge.errors import StorageError
 
 NAME = "manifest.json"
+UNFINISHED = {"unfinished": True}
 
 
 def write_artefact(folder: str, files: Mapping[str, bytes], manifest: Mapping[str, Any], key: str) -> None:
@@ -21,7 +22,7 @@ def write_artefact(folder: str, files: Mapping[str, bytes], manifest: Mapping[st
 
     So a folder without any marker was not made by raymerge, and one that was interrupted is never taken for one.
     """
-    storage.write_json(storage.join(folder, NAME), {"unfinished": True})
+    storage.write_json(storage.join(folder, NAME), UNFINISHED)
     listed = {}
     for name in sorted(files):
         storage.write_bytes(storage.join(folder, name), files[name])
@@ -44,6 +45,18 @@ def is_complete(folder: str, key: str) -> bool:
     if manifest is None or manifest.get("key") != key:
         return False
     return all(_has_size(storage.join(folder, name), entry["bytes"]) for name, entry in manifest["files"].items())
+
+
+def invalidate(folder: str) -> None:
+    """Say that an artefact, if it is there, is no longer what is wanted: whoever makes it anew may fail."""
+    if storage.exists(storage.join(folder, NAME)):
+        storage.write_json(storage.join(folder, NAME), UNFINISHED)
+
+
+def is_unfinished(folder: str) -> bool:
+    """Whether an artefact was begun or invalidated and never finished. A folder without a marker is not."""
+    location = storage.join(folder, NAME)
+    return storage.exists(location) and storage.read_json(location) == UNFINISHED
 
 
 def _has_size(location: str, size: int) -> bool:

@@ -83,7 +83,7 @@ class MultiLora:
         linear = linear_modules(self.model)
         headers = [adapter.headers for adapter in adapters]
         for adapter, own in zip(adapters, headers, strict=True):
-            _check(adapter.name, own, linear)
+            check_fits(adapter.name, own, linear)
         self.names = tuple(adapter.name for adapter in adapters)
         for name in sorted({name for own in headers for name in own}):
             having = {number: own[name].rank for number, own in enumerate(headers) if name in own}
@@ -269,7 +269,8 @@ def _selected(factors: Factors, adapters: Tensor) -> Factors:
     return Factors(factors.A.index_select(0, adapters), factors.Bt.index_select(0, adapters))
 
 
-def _check(adapter: str, headers: Mapping[str, ModuleHeader], linear: Mapping[str, nn.Module]) -> None:
+def check_fits(adapter: str, headers: Mapping[str, ModuleHeader], linear: Mapping[str, nn.Module]) -> None:
+    """Raise ModelError if an adapter names a linear layer that the model lacks, or one of another shape."""
     for name, header in headers.items():
         if name not in linear:
             near = ", ".join(list(linear)[:3])

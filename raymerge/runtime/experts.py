@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from raymerge import storage
 from raymerge.adapters import LoraAdapter
 from raymerge.adapters.peft import encode_adapter, open_adapter, read_adapter
 from raymerge.errors import AdapterError, MergeError, RaymergeError
-from raymerge.manifest import is_complete, write_artefact
+from raymerge.manifest import invalidate, is_complete, is_unfinished, write_artefact
 from raymerge.merging.merge import WHOLE, merge
 from raymerge.runtime.tasks import MergeTask
 
@@ -19,7 +19,9 @@ WEIGHT_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 
 def adapter_digest(location: str) -> str:
-    """Content digest of an adapter's files. Raises AdapterError if one is missing."""
+    """Content digest of an adapter's files. Raises AdapterError if one is missing, or it was never finished."""
+    if is_unfinished(location):
+        raise AdapterError(f"{location}: this adapter was begun and not finished.\nWhat makes it failed or was killed.")
     try:
         return storage.digest_value([storage.digest(storage.join(location, name)) for name in WEIGHT_FILES])
     except OSError as error:
@@ -44,7 +46,7 @@ class ExpertCache:
             text = str(error)
             raise type(error)(text if text.startswith(name) else f"{name}: {text}") from error
         self._entries.move_to_end(key)
-        return self._entries[key]
+        return replace(self._entries[key], name=name)  # one adapter may go by several names
 
     def _keep(self, key: tuple[str, str], adapter: LoraAdapter) -> None:
         self._entries[key] = adapter
@@ -120,9 +122,14 @@ def build(task: MergeTask, inputs: MergeInputs, cache: ExpertCache) -> LoraAdapt
 
 def merge_to_folder(task: MergeTask, cache: ExpertCache) -> dict[str, Any]:
     """Carry out a merge unless its result is already there. Returns what the driver reports of it."""
-    inputs = find_inputs(task)
+    try:
+        inputs = find_inputs(task)
+    except RaymergeError:
+        invalidate(task.folder)
+        raise
     if is_complete(task.folder, inputs.key):
         return {"skipped": True}
+    invalidate(task.folder)
     adapter = build(task, inputs, cache)
     files = encode_adapter(adapter)
     manifest = {

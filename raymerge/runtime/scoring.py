@@ -11,7 +11,7 @@ import pyarrow as pa
 from raymerge import storage
 from raymerge.errors import EvaluationError
 from raymerge.evaluation.metrics import chrf, exact_match, similarity
-from raymerge.manifest import content_digest, is_complete, read_manifest, write_artefact
+from raymerge.manifest import content_digest, invalidate, is_complete, read_manifest, write_artefact
 from raymerge.models.generation import GenerationSettings, generate, score_references
 from raymerge.models.multilora import MultiLora
 from raymerge.personas import Example, read_personas, render_prompt
@@ -33,12 +33,15 @@ def evaluate_to_folder(task: EvaluateTask, worker: Any) -> dict[str, Any]:
             "similarity_model": task.similarity_model,
             "batch_size": task.batch_size,
             "base": task.base_digest,
+            "dtype": worker.dtype_name,
         }
     )
-    if is_complete(task.folder, key):
-        known = read_manifest(task.folder)
-        return {"skipped": True, "failed": known["failed"] if known else failed}
-    resident, unread = load_sources([s for s in task.sources if s.persona not in failed], worker.cache)
+    known = read_manifest(task.folder)
+    if known is not None and is_complete(task.folder, key) and known["failed"] == failed:  # a read may succeed now
+        return {"skipped": True, "failed": failed}
+    invalidate(task.folder)
+    usable = [s for s in task.sources if s.persona not in failed]
+    resident, unread = load_sources(usable, worker.cache, worker.base.model)
     failed = {**failed, **unread}
     rows = [e for s in task.sources if s.persona in resident.weights for e in examples[s.persona]]
     answers, nll = _answer(task, worker.base, resident, rows)
@@ -76,7 +79,7 @@ def _score(
     for e in rows:
         numbers.append(counted.get(e.persona, 0))
         counted[e.persona] = numbers[-1] + 1
-    where = {"persona": [e.persona for e in rows], "example": pa.array(numbers, pa.int32())}
+    where = {"persona": pa.array([e.persona for e in rows], pa.string()), "example": pa.array(numbers, pa.int32())}
     metrics = {
         "similarity": pa.array(similarity(worker.encoder(task.similarity_model), answers, references), pa.float32()),
         "chrf": pa.array(chrf(answers, references), pa.float32()),
@@ -84,7 +87,10 @@ def _score(
         "exact": pa.array(exact_match(answers, references), pa.bool_()),
     }
     texts = {"prompt": [e.prompt for e in rows], "reference": references, "generated": list(answers)}
-    return {"metrics": pa.table({**where, **metrics}), "generations": pa.table({**where, **texts})}
+    columns = {
+        name: pa.array(values, pa.string()) for name, values in texts.items()
+    }
+    return {"metrics": pa.table({**where, **metrics}), "generations": pa.table({**where, **columns})}
 
 
 def gather(task: GatherTask) -> dict[str, Any]:

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from raymerge.adapters import LoraAdapter
-from raymerge.errors import AdapterError, MergeError, StorageError
+from raymerge.errors import AdapterError, MergeError, ModelError, StorageError
 from raymerge.merging.merge import mixture_weights
+from raymerge.models.layers import linear_modules
+from raymerge.models.multilora import check_fits
 from raymerge.runtime.experts import ExpertCache, MergeInputs, adapter_digest, build, find_inputs, first_line
 from raymerge.runtime.tasks import AnswerSource, MergeTask
 
-UNUSABLE = (AdapterError, MergeError, StorageError)  # fails one persona, not the item
+UNUSABLE = (AdapterError, MergeError, ModelError, StorageError)  # fails one persona, not the item
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,12 @@ def _digest(source: AnswerSource) -> Any:
     return [source.kind, find_inputs(source.merge).key] if source.merge is not None else source.kind
 
 
-def load_sources(sources: Sequence[AnswerSource], cache: ExpertCache) -> tuple[Resident, dict[str, str]]:
-    """Read or merge what answers, each adapter once; and personas for whom that failed -> why."""
-    loader = _Loader(cache)
+def load_sources(sources: Sequence[AnswerSource], cache: ExpertCache, model: Any) -> tuple[Resident, dict[str, str]]:
+    """Read or merge what answers, each adapter once; and personas for whom that failed -> why.
+
+    model: the base model, which every adapter must fit.
+    """
+    loader = _Loader(cache, model)
     weights: dict[str, Mapping[int, float]] = {}
     failed: dict[str, str] = {}
     for source in sources:
@@ -74,8 +79,9 @@ def load_sources(sources: Sequence[AnswerSource], cache: ExpertCache) -> tuple[R
 class _Loader:
     """Adapters in the order in which they were first asked for."""
 
-    def __init__(self, cache: ExpertCache) -> None:
+    def __init__(self, cache: ExpertCache, model: Any) -> None:
         self.cache = cache
+        self.linear = linear_modules(model)
         self.adapters: list[LoraAdapter] = []
         self._numbers: dict[str, int] = {}
 
@@ -105,6 +111,7 @@ class _Loader:
 
     def _add(self, identity: str, adapter: LoraAdapter) -> int:
         if identity not in self._numbers:
+            check_fits(adapter.name, adapter.headers, self.linear)
             self._numbers[identity] = len(self.adapters)
             self.adapters.append(adapter)
         return self._numbers[identity]

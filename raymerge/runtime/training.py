@@ -7,7 +7,7 @@ from typing import Any
 from raymerge import storage
 from raymerge.adapters.peft import encode_adapter
 from raymerge.errors import PersonaError
-from raymerge.manifest import is_complete, write_artefact
+from raymerge.manifest import invalidate, is_complete, write_artefact
 from raymerge.models.training import TrainingGroup, TrainingSettings, train
 from raymerge.personas import Personas, read_personas, render_prompt
 from raymerge.runtime.experts import adapter_digest
@@ -17,10 +17,13 @@ from raymerge.runtime.tasks import TrainGroup, TrainTask
 def train_to_folders(task: TrainTask, worker: Any) -> dict[str, Any]:
     """Train a task's adapters unless all are there; if one is missing all are trained, so that bytes stay the same."""
     personas = read_personas(task.personas)
-    keys = {group.name: _key(task, group, personas) for group in task.groups}
+    dtype = worker.dtype_name
+    keys = {group.name: _key(task, group, personas, dtype) for group in task.groups}
     missing = [group for group in task.groups if not is_complete(group.folder, keys[group.name])]
     if not missing:
         return {"skipped": True}
+    for group in missing:
+        invalidate(group.folder)
     base = worker.base
     start = task.training["start_from"]
     started = worker.cache.read(start, storage.resolve(task.workspace, start)) if start else None
@@ -60,7 +63,7 @@ def _rows(personas: Personas, group: TrainGroup) -> list[Any]:
     return rows
 
 
-def _key(task: TrainTask, group: TrainGroup, personas: Personas) -> str:
+def _key(task: TrainTask, group: TrainGroup, personas: Personas, dtype: str) -> str:
     start = task.training["start_from"]
     return storage.digest_value(
         {
@@ -68,6 +71,7 @@ def _key(task: TrainTask, group: TrainGroup, personas: Personas) -> str:
             "training": {k: v for k, v in task.training.items() if k != "adapters_per_item"},
             "prompt_format": task.prompt_format,
             "base": task.base_digest,
+            "dtype": dtype,
             "start": adapter_digest(storage.resolve(task.workspace, start)) if start else None,
             "name": None if task.training["shared_init"] else group.name,
         }

@@ -11,7 +11,6 @@ from typing import Any
 
 from raymerge import storage
 from raymerge.config import parse_size
-from raymerge.manifest import is_complete, write_artefact
 from raymerge.runtime.experts import ExpertCache, merge_to_folder
 from raymerge.runtime.tasks import EmbedTask, EvaluateTask, GatherTask, MergeTask, SketchTask, TrainTask
 
@@ -28,24 +27,9 @@ class MergeWorker:
 
     def sketch(self, task: SketchTask) -> dict[str, Any]:
         """Write coordinates of adapters whose inner products are those of their deltas, nearly."""
-        import numpy as np
-        import pyarrow as pa
+        from raymerge.runtime.embedding import sketch_to_folder
 
-        from raymerge.merging.sketch import sketch
-        from raymerge.runtime.experts import adapter_digest
-
-        key = storage.digest_value(
-            [task.dimensions, task.seed, [[name, adapter_digest(where)] for name, where in task.adapters]]
-        )
-        if is_complete(task.folder, key):
-            return {"skipped": True}
-        rows = [sketch(self.cache.read(name, where), task.dimensions, task.seed) for name, where in task.adapters]
-        vectors = np.stack(rows).astype(np.float32)
-        table = pa.table({"persona": [name for name, _ in task.adapters], "vector": list(vectors)})
-        write_artefact(
-            task.folder, {"vectors.parquet": storage.encode_parquet(table)}, {"dimensions": task.dimensions}, key
-        )
-        return {"skipped": False}
+        return sketch_to_folder(task, self.cache)
 
     def gather(self, task: GatherTask) -> dict[str, Any]:
         """Join the parts of an evaluation."""
@@ -85,6 +69,15 @@ class ModelWorker:
             self._base = replace(loaded, location=self.name)
         return self._base
 
+    @property
+    def dtype_name(self) -> str:
+        """The dtype that the base computes in, which results depend on."""
+        import torch
+
+        from raymerge.models.base import resolve_dtype
+
+        return str(resolve_dtype(self.dtype, torch.device(self.device))).removeprefix("torch.")
+
     def encoder(self, model: str) -> Any:
         """A sentence encoder, loaded at first use and held."""
         if model not in self._encoders:
@@ -107,17 +100,6 @@ class ModelWorker:
 
     def embed(self, task: EmbedTask) -> dict[str, Any]:
         """Write the embeddings of a part of the personas."""
-        import pyarrow as pa
+        from raymerge.runtime.embedding import embed_to_folder
 
-        from raymerge.personas import read_personas
-        from raymerge.routing.embeddings import persona_embeddings
-
-        personas = read_personas(task.personas)
-        rows = {name: [[e.prompt, e.response] for e in personas.examples(name, "train")] for name in task.names}
-        key = storage.digest_value([task.model, rows])
-        if is_complete(task.folder, key):
-            return {"skipped": True}
-        names, vectors = persona_embeddings(personas, self.encoder(task.model), names=task.names)
-        table = pa.table({"persona": list(names), "vector": list(vectors)})
-        write_artefact(task.folder, {"vectors.parquet": storage.encode_parquet(table)}, {"model": task.model}, key)
-        return {"skipped": False}
+        return embed_to_folder(task, self)

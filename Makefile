@@ -12,7 +12,7 @@ install: .venv/installed
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: install  ## the whole path on a world it makes itself: demo/report.html
+demo: install  ## the whole path on a world it makes itself: demo/runs/report.html
 	$(BIN)/raymerge demo --out demo $(ARGS)
 
 test: install  ## all tests; `make unit` leaves out those that start Ray or processes

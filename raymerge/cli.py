@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -31,7 +30,7 @@ Refit = Annotated[bool, typer.Option("--refit", help="Fit clusters and the embed
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the world and all made of it.")] = Path("demo"),
+    out: Annotated[str, typer.Option(metavar="DIR", help="Folder for the world and all made of it.")] = "demo",
     quick: Annotated[bool, typer.Option("--quick", help="A small world: about two minutes.")] = False,
     relatedness: Annotated[
         float | None, typer.Option(min=0, max=1, metavar="X", help="How much neighbours share, 0 to 1.")
@@ -42,15 +41,15 @@ def demo(
     """Make a world; train, merge, evaluate and compare on it."""
     from raymerge.pipelines.demo import demo as pipeline
 
-    _end(pipeline(str(out), quick=quick, relatedness=relatedness, seed=seed, local=local))
+    _end(pipeline(out, quick=quick, relatedness=relatedness, seed=seed, local=local))
 
 
 @app.command()
-def init(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of adapters.")]) -> None:
+def init(folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A folder of adapters.")]) -> None:
     """Write a project file for a folder of adapters."""
     from raymerge.pipelines.init import init as pipeline
 
-    location, lines = pipeline(str(folder))
+    location, lines = pipeline(folder)
     for line in lines:
         typer.echo(line)
     typer.echo(f"Wrote {location}. Next: raymerge merge {location}")
@@ -135,7 +134,7 @@ def _end(status: int) -> None:
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """Run a command. Exit status: 0 all done, 1 some items failed, 2 bad input."""
+    """Run a command. Exit status: 0 all done, 1 some items failed, 2 bad input or an unforeseen error."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     try:
@@ -145,9 +144,25 @@ def main(arguments: list[str] | None = None) -> Any:
             raise
         print(f"raymerge: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("raymerge: interrupted. The same command goes on where it stopped.", file=sys.stderr)
-        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        lines = str(error).strip().splitlines()
+        print(f"raymerge: {type(error).__name__}{': ' + lines[0] if lines else ''}", file=sys.stderr)
+        print("That was not foreseen. --debug shows where it happened.", file=sys.stderr)
+        sys.exit(2)
+    except SystemExit as end:
+        if _interrupted(end):
+            print("raymerge: interrupted. The same command goes on where it stopped.", file=sys.stderr)
+            sys.exit(130)
+        raise
+
+
+def _interrupted(end: BaseException | None) -> bool:
+    """Whether an exit was made of Ctrl-C, which typer turns into exits that differ by its version."""
+    while end is not None and not isinstance(end, KeyboardInterrupt):
+        end = end.__cause__ or end.__context__
+    return end is not None
 
 
 if __name__ == "__main__":

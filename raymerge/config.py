@@ -19,6 +19,7 @@ from raymerge.errors import ProjectError
 
 Grouping = Literal["persona", "cluster", "unified"]
 GROUPINGS: tuple[Grouping, ...] = ("persona", "cluster", "unified")
+NOT_RUNS = ("plots", "report.html", "comparison.json")  # what the report puts beside the runs
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 
 
@@ -153,8 +154,9 @@ class Project(Section):
             if placeholder not in getattr(self, key):
                 raise ValueError(f"{key}: must hold {placeholder}")
         for name in self.recipes:
-            if not name or name.startswith((".", "_")) or any(c in name for c in "/\\ \n"):
-                raise ValueError(f"recipes: {name!r} cannot be the name of a folder")
+            fault = run_name_fault(name)
+            if fault:
+                raise ValueError(f"recipes: {name!r} {fault}")
         return self
 
     def path(self, location: str) -> str:
@@ -178,6 +180,15 @@ class Project(Section):
         return self.path(self.adapters.replace("{persona}", expert))
 
 
+def run_name_fault(name: str) -> str | None:
+    """Why a recipe cannot have this name, which is its run's folder in `output`; None if it can."""
+    if not name or name.startswith((".", "_")) or any(c in "/\\" or c.isspace() or not c.isprintable() for c in name):
+        return "cannot be the name of a folder: no slash, no space, no leading dot or underscore"
+    if name in NOT_RUNS:
+        return "is taken by the report, which lies beside the runs"
+    return None
+
+
 def parse_size(text: str) -> int:
     """Bytes of '8GiB', '512MB', '4096'. Raises ValueError for anything else."""
     match = re.fullmatch(r"\s*([0-9.]+)\s*(?:([KMGT])(I?)B|B)?\s*", text.upper())
@@ -199,12 +210,19 @@ def load_project(location: str) -> Project:
         raise ProjectError(f"{location}: is not YAML.\n{error}") from error
     if not isinstance(value, dict):
         raise ProjectError(f"{location}: is not a project file.\nExpected keys such as base_model, adapters, recipes.")
-    folder = location.rsplit("/", 1)[0]
-    workspace = storage.resolve(folder, str(value.get("workspace", ".")))
+    value = _with_text_keys(value)
+    workspace = storage.resolve(storage.parent(location), str(value.get("workspace", ".")))
     try:
         return Project(**{**value, "location": location, "workspace": workspace})
     except ValidationError as error:
         raise ProjectError(f"{location}: {_explain(error)}") from error
+
+
+def _with_text_keys(value: Any) -> Any:
+    """YAML reads the key 2024 as a number; every key of a project file is a name."""
+    if isinstance(value, dict):
+        return {str(key): _with_text_keys(inner) for key, inner in value.items()}
+    return [_with_text_keys(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _explain(error: ValidationError) -> str:

@@ -1,7 +1,8 @@
 """Files anywhere: a location is a local path or a URI (`s3://bucket/key`, `gs://...`), always a plain string.
 
 Local files take the short way through the operating system; everything else goes through `pyarrow.fs`. Writes are
-atomic: a reader sees the old file or the new one, never half of one.
+atomic: a reader sees the old file or the new one, never half of one. A URI is taken as it is written: nothing in it is
+percent-decoded, so that names with spaces, `%`, `#` or `?` are what they are in a local folder.
 """
 
 from __future__ import annotations
@@ -12,13 +13,18 @@ import os
 import posixpath
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from raymerge.errors import StorageError
+
+CACHE_BYTES = 32 * 2**30  # copies of remote files on this machine; above it, those that nobody uses are removed
+CACHE_REST_S = 3600.0  # a copy opened within this time may still be read from
 
 
 @dataclass(frozen=True)
@@ -44,14 +50,27 @@ def join(base: str, *parts: str) -> str:
 
 
 def resolve(workspace: str, location: str) -> str:
-    """A location as written in a project file, made absolute from the workspace."""
+    """A location as written in a project file, made absolute from the workspace, with `.` and `..` folded."""
     if is_uri(location):
-        return location
+        return _fold(location)
     expanded = os.path.expanduser(location)
     if os.path.isabs(expanded):
         return expanded
     joined = join(workspace, expanded)
-    return joined if is_uri(joined) else os.path.normpath(joined)
+    return _fold(joined) if is_uri(joined) else os.path.normpath(joined)
+
+
+def _fold(uri: str) -> str:
+    """A URI without `.`, `..` and doubled slashes in its path; `..` never leaves the bucket."""
+    scheme, rest = uri.split("://", 1)
+    authority, _, path = rest.partition("/")
+    folded = posixpath.normpath("/" + path.lstrip("/"))
+    return f"{scheme}://{authority}{folded if folded != '/' or not authority else ''}"
+
+
+def parent(location: str) -> str:
+    """The folder that a file lies in."""
+    return resolve(location, "..")
 
 
 def name_of(location: str) -> str:
@@ -60,13 +79,40 @@ def name_of(location: str) -> str:
 
 
 def _filesystem(location: str) -> tuple[Any, str]:
-    import pyarrow.fs
-
+    scheme, rest = location.split("://", 1)
+    authority, _, path = rest.partition("/")
     try:
-        filesystem, path = pyarrow.fs.FileSystem.from_uri(location)
+        filesystem, base = _open_filesystem(f"{scheme}://{authority}" if authority else f"{scheme}:///")
     except Exception as error:
         raise StorageError(f"{location}: this location cannot be opened.\n{error}") from error
-    return filesystem, path
+    return filesystem, posixpath.join(base or "/", path.strip("/")).rstrip("/") or "/"
+
+
+@lru_cache(maxsize=64)
+def _open_filesystem(root: str) -> tuple[Any, str]:
+    """A bucket's filesystem and its path there; remembered, since opening a bucket asks its region over the network."""
+    import pyarrow.fs
+
+    filesystem, base = pyarrow.fs.FileSystem.from_uri(root)
+    return filesystem, base
+
+
+@contextmanager
+def _asking(location: str) -> Iterator[None]:
+    """What a storage answers with an error is a StorageError that names the location."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(f"{location}: cannot be read.\n{error.strerror or error}") from error
+
+
+def _kind(location: str) -> Any:
+    """What is at a URI, as a `pyarrow.fs.FileType`."""
+    filesystem, path = _filesystem(location)
+    with _asking(location):
+        return filesystem.get_file_info(path).type
 
 
 def exists(location: str) -> bool:
@@ -75,20 +121,17 @@ def exists(location: str) -> bool:
         return os.path.exists(location)
     import pyarrow.fs
 
-    filesystem, path = _filesystem(location)
-    return bool(filesystem.get_file_info(path).type != pyarrow.fs.FileType.NotFound)
+    return bool(_kind(location) != pyarrow.fs.FileType.NotFound)
 
 
 def read_bytes(location: str) -> bytes:
     """A file's content. Raises StorageError if it cannot be read."""
-    try:
+    with _asking(location):
         if not is_uri(location):
             return Path(location).read_bytes()
         filesystem, path = _filesystem(location)
         with filesystem.open_input_stream(path) as stream:
             return bytes(stream.read())
-    except OSError as error:
-        raise StorageError(f"{location}: cannot be read.\n{error.strerror or error}") from error
 
 
 def write_bytes(location: str, data: bytes) -> None:
@@ -98,9 +141,14 @@ def write_bytes(location: str, data: bytes) -> None:
             _write_local(Path(location), data)
             return
         filesystem, path = _filesystem(location)
+        if filesystem.type_name == "local":
+            _write_local(Path(path), data)
+            return
         filesystem.create_dir(posixpath.dirname(path), recursive=True)
         with filesystem.open_output_stream(path) as stream:  # object stores show the object when it is closed
             stream.write(data)
+    except StorageError:
+        raise
     except OSError as error:
         raise StorageError(
             f"{location}: cannot be written.\n{error.strerror or error}. Choose another `output` or free the place."
@@ -181,7 +229,9 @@ def _list_remote(location: str) -> Iterator[FileInfo]:
 
     filesystem, path = _filesystem(location)
     selector = pyarrow.fs.FileSelector(path, recursive=True, allow_not_found=True)
-    for info in filesystem.get_file_info(selector):
+    with _asking(location):
+        infos = filesystem.get_file_info(selector)
+    for info in infos:
         if info.type == pyarrow.fs.FileType.File:
             yield FileInfo(posixpath.relpath(info.path, path), info.size, info.mtime_ns or 0)
 
@@ -196,43 +246,81 @@ def list_folders(location: str) -> list[str]:
 
     filesystem, path = _filesystem(location)
     selector = pyarrow.fs.FileSelector(path, recursive=False, allow_not_found=True)
-    return sorted(i.base_name for i in filesystem.get_file_info(selector) if i.type == pyarrow.fs.FileType.Directory)
+    with _asking(location):
+        infos = filesystem.get_file_info(selector)
+    return sorted(i.base_name for i in infos if i.type == pyarrow.fs.FileType.Directory)
 
 
 def file_info(location: str) -> FileInfo:
     """Size and time of one file. Raises StorageError if it is not there."""
-    if not is_uri(location):
-        try:
+    with _asking(location):
+        if not is_uri(location):
             status = os.stat(location)
-        except OSError as error:
-            raise StorageError(f"{location}: cannot be read.\n{error.strerror}") from error
-        return FileInfo(location, status.st_size, status.st_mtime_ns)
-    filesystem, path = _filesystem(location)
-    info = filesystem.get_file_info(path)
+            return FileInfo(location, status.st_size, status.st_mtime_ns)
+        filesystem, path = _filesystem(location)
+        info = filesystem.get_file_info(path)
     if info.size is None:
         raise StorageError(f"{location}: there is no such file.")
     return FileInfo(location, info.size, info.mtime_ns or 0)
 
 
 def open_local(location: str) -> Path:
-    """A path on this machine that holds the file or folder: itself, or a copy fetched once per content state."""
+    """A path on this machine that holds the file or folder: itself, or a copy fetched once per content state.
+
+    Copies lie in `raymerge-cache-UID` of the temporary folder, which TMPDIR moves. Where they exceed 32 GiB, those not
+    opened within the last hour are removed, the longest unused first. Raises StorageError if a URI has nothing there.
+    """
     if not is_uri(location):
         return Path(location)
-    files = list_files(location)
-    single = not files
-    state = [file_info(location)] if single else files
+    import pyarrow.fs
+
+    single = _kind(location) == pyarrow.fs.FileType.File
+    state = [file_info(location)] if single else list_files(location)
+    if not state:
+        raise StorageError(f"{location}: there is no such file or folder.")
     key = digest_value([location, [[f.path, f.size, f.mtime] for f in state]]).removeprefix("sha256:")[:24]
-    target = Path(tempfile.gettempdir()) / f"raymerge-cache-{os.getuid()}" / key / name_of(location)
+    target = _cache_folder() / key / name_of(location)
     if not target.exists():
-        partial = target.parent.with_name(f"{key}.{os.getpid()}")
-        for file in state:
-            remote = location if single else join(location, file.path)
-            write_bytes(str(partial / target.name if single else partial / target.name / file.path), read_bytes(remote))
-        try:
-            partial.rename(target.parent)
-        except OSError:  # another process was first; its copy is the same
-            shutil.rmtree(partial, ignore_errors=True)
+        prune_cache(_cache_folder(), CACHE_BYTES - sum(f.size for f in state))
+        _fetch(location, [] if single else [f.path for f in state], target)
+    os.utime(target.parent)  # when it was used last
     return target
+
+
+def _fetch(location: str, files: list[str], target: Path) -> None:
+    """Copy a file (no names given) or a folder's files to a place that is there only when all of it is."""
+    partial = target.parent.with_name(f"{target.parent.name}.{os.getpid()}")
+    try:
+        for name in files or [""]:
+            data = read_bytes(join(location, name) if name else location)
+            write_bytes(str(partial / target.name / name), data)
+        partial.rename(target.parent)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not target.exists():  # else another process was first, and its copy is the same
+            raise
+
+
+def _cache_folder() -> Path:
+    folder = Path(tempfile.gettempdir()) / f"raymerge-cache-{os.getuid()}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise StorageError(f"{folder}: belongs to another user.\nSet TMPDIR to a folder of your own.")
+    return folder
+
+
+def prune_cache(folder: Path, limit: int) -> None:
+    """Remove copies that rest, the longest unused first, until those left hold at most `limit` bytes or are in use."""
+    entries = []
+    for entry in os.scandir(folder):
+        with suppress(FileNotFoundError):  # another process removes too
+            entries.append((entry.stat().st_mtime, sum(f.size for f in _list_local(entry.path)), entry.path))
+    held = sum(size for _, size, _ in entries)
+    for used, size, path in sorted(entries):
+        if held <= limit or used > time.time() - CACHE_REST_S:
+            return
+        shutil.rmtree(path, ignore_errors=True)
+        held -= size
 
 
 def remove(location: str) -> None:
@@ -246,8 +334,8 @@ def remove(location: str) -> None:
         return
     import pyarrow.fs
 
+    kind = _kind(location)
     filesystem, path_there = _filesystem(location)
-    kind = filesystem.get_file_info(path_there).type
     if kind == pyarrow.fs.FileType.Directory:
         filesystem.delete_dir(path_there)
     elif kind == pyarrow.fs.FileType.File:

@@ -35,6 +35,9 @@ def test_a_workspace_may_be_a_bucket(tmp_path):
         ("generation: {prompt_format: 'Q:'}", "must be `chat` or a text with {prompt}"),
         ("hardware: {expert_cache: lots}", "is not a size"),
         ("recipes: {../x: {strategy: own}}", "cannot be the name of a folder"),
+        ("recipes: {plots: {strategy: own}}", "'plots' is taken by the report"),
+        ("1: x", "unknown key `1`"),
+        ("training: {1: 2}", r"unknown key `training.1`"),
         ("a: [", "is not YAML"),
         ("just text", "is not a project file"),
     ],
@@ -42,6 +45,10 @@ def test_a_workspace_may_be_a_bucket(tmp_path):
 def test_what_is_wrong_is_said_with_its_place(tmp_path, text, message):
     with pytest.raises(ProjectError, match=message):
         load_project(write(tmp_path, text))
+
+
+def test_a_recipe_may_be_named_by_a_number(tmp_path):
+    assert set(load_project(write(tmp_path, "recipes: {2024: {strategy: own}}")).recipes) == {"2024"}
 
 
 def test_a_missing_file_names_the_way_to_one(tmp_path):

@@ -1,6 +1,7 @@
 """The files beside the code: what they claim must be so."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,15 @@ def test_cluster_yaml_is_what_ray_takes_and_keeps_work_off_the_head(tmp_path, mo
     assert "0.0.0.0" not in (ROOT / "cluster.yaml").read_text()
     with pytest.raises(Exception, match="wrokers"):
         validate_config(prepare_config({**config, "max_wrokers": 1}))
+
+
+def test_every_file_of_the_package_is_in_its_wheel():
+    package = ROOT / "raymerge"
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["raymerge"]
+    carried = {path for pattern in patterns for path in package.glob(pattern)}
+    there = {p for p in package.rglob("*") if p.is_file() and p.suffix != ".py" and "__pycache__" not in p.parts}
+    assert there - carried == set()
+    assert package / "world/topics.txt" in carried
 
 
 @pytest.mark.parametrize("job", sorted((ROOT / "jobs").glob("*.py")), ids=lambda job: job.name)

@@ -1,6 +1,7 @@
 import json
 import os
 import threading
+import time
 
 import pyarrow as pa
 import pytest
@@ -21,6 +22,14 @@ JSON = st.recursive(
 def folder(request, tmp_path):
     """The same folder as a local path, and as a URI that takes the way of object stores."""
     return str(tmp_path) if request.param == "path" else f"file://{tmp_path}"
+
+
+@pytest.fixture
+def own_cache(tmp_path_factory, monkeypatch):
+    """A folder of this test's own for copies of remote files."""
+    folder = tmp_path_factory.mktemp("copies")
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    return folder
 
 
 def test_round_trip_listing_and_removal(folder):
@@ -44,6 +53,58 @@ def test_open_local_gives_the_same_files(folder):
     assert (local / "w.bin").read_bytes() == b"weights"
     storage.write_bytes(storage.join(folder, "model", "w.bin"), b"new weights")
     assert (storage.open_local(storage.join(folder, "model")) / "w.bin").read_bytes() == b"new weights"
+
+
+def test_open_local_takes_a_single_file(folder):
+    storage.write_bytes(storage.join(folder, "personas.jsonl"), b"{}")
+    local = storage.open_local(storage.join(folder, "personas.jsonl"))
+    assert local.is_file()
+    assert (local.name, local.read_bytes()) == ("personas.jsonl", b"{}")
+
+
+def test_open_local_says_what_is_not_there(tmp_path):
+    with pytest.raises(StorageError, match=r"file://.*/absent: there is no such file or folder"):
+        storage.open_local(f"file://{tmp_path}/absent")
+
+
+def test_names_are_taken_as_they_are_written(folder):
+    for name in ("a b", "50%25", "x#y?z"):
+        storage.write_bytes(storage.join(folder, name, "f"), name.encode())
+    assert storage.list_folders(folder) == ["50%25", "a b", "x#y?z"]
+    assert storage.read_bytes(storage.join(folder, "50%25", "f")) == b"50%25"
+
+
+def test_copies_of_remote_files_stay_within_a_bound(tmp_path, own_cache, monkeypatch):
+    for name in "abcd":
+        storage.write_bytes(f"file://{tmp_path}/{name}", name.encode() * 1000)
+    copies = {name: storage.open_local(f"file://{tmp_path}/{name}") for name in "abc"}
+    now = time.time()
+    for age, name in enumerate("cab"):
+        os.utime(copies[name].parent, (now - 90_000 + age, now - 90_000 + age))
+    assert storage.open_local(f"file://{tmp_path}/c") == copies["c"]  # used now, so no longer the oldest
+    monkeypatch.setattr(storage, "CACHE_BYTES", 3000)
+    copies["d"] = storage.open_local(f"file://{tmp_path}/d")
+    assert {name for name, copy in copies.items() if copy.exists()} == {"b", "c", "d"}
+    storage.prune_cache(copies["b"].parents[1], 0)
+    assert {name for name, copy in copies.items() if copy.exists()} == {"c", "d"}  # in use: kept whatever the bound
+
+
+def test_a_fetch_that_breaks_off_leaves_nothing(tmp_path, own_cache, monkeypatch):
+    storage.write_bytes(f"file://{tmp_path}/m/a", b"1")
+    storage.write_bytes(f"file://{tmp_path}/m/b", b"2")
+    read = storage.read_bytes
+
+    def breaks(location):
+        if location.endswith("/b"):
+            raise StorageError(f"{location}: cannot be read.")
+        return read(location)
+
+    monkeypatch.setattr(storage, "read_bytes", breaks)
+    with pytest.raises(StorageError, match="m/b"):
+        storage.open_local(f"file://{tmp_path}/m")
+    assert [f.path for f in storage.list_files(str(own_cache))] == []
+    monkeypatch.undo()
+    assert (storage.open_local(f"file://{tmp_path}/m") / "b").read_bytes() == b"2"
 
 
 def test_digest_follows_the_content(folder):
@@ -112,7 +173,9 @@ def test_a_place_that_cannot_be_written_is_known_at_once(tmp_path):
     ("workspace", "location", "expected"),
     [
         ("/w", "runs", "/w/runs"), ("/w", "../runs", "/runs"), ("/w", "/abs", "/abs"), ("/w", "s3://b/k", "s3://b/k"),
-        ("s3://b/team", "runs/x", "s3://b/team/runs/x"),
+        ("s3://b/team", "runs/x", "s3://b/team/runs/x"), ("s3://b/team", ".", "s3://b/team"),
+        ("s3://b/team/x", "../lora/./y", "s3://b/team/lora/y"), ("s3://b", "../../other", "s3://b/other"),
+        ("/w", "gs://b/k/", "gs://b/k"), ("file:///w/x", "..", "file:///w"), ("s3://b/k", "/abs", "/abs"),
     ],
 )  # fmt: skip
 def test_resolve(workspace, location, expected):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
+from dataclasses import replace
 
 from raymerge import storage
-from raymerge.errors import EvaluationError
+from raymerge.errors import EvaluationError, RecipeError, RoutingError
 from raymerge.pipelines.job import finish
-from raymerge.pipelines.opening import need_adapters, need_recipes, open_project
+from raymerge.pipelines.opening import Opened, need_adapters, need_recipes, open_project
 from raymerge.pipelines.steps import Steps, run_steps
+from raymerge.recipes import Recipe
 
 
 def evaluate(
@@ -25,20 +28,11 @@ def evaluate(
     """
     if runs and recipes:
         raise EvaluationError("--run and --recipe: give one of them.")
-    opened = open_project(location, recipes=recipes or runs)
-    need_recipes(opened)
-    if not recipes:
-        merged = {
-            n for n in opened.recipes if storage.exists(storage.join(opened.project.run_folder(n), "recipe.json"))
-        }
-        missing = [name for name in runs if name not in merged]
-        if missing or not merged:
-            what = f"run {missing[0]}" if missing else "a run"
-            raise EvaluationError(
-                f"{opened.project.path(opened.project.output)}: {what} has not been merged.\n"
-                f"`raymerge merge {location}` does it."
-            )
-        opened = opened.only(sorted(merged))
+    opened = open_project(location, recipes=recipes)
+    if recipes:
+        need_recipes(opened)
+    else:
+        opened = _merged_runs(opened, runs)
     need_adapters(opened)
     steps = Steps(merge=not recipes, evaluate=True, refit=refit)
     result = run_steps(opened, steps, local=local, title="evaluate")
@@ -48,3 +42,40 @@ def evaluate(
         mean = {metric: round(value, 4) for metric, value in summary["mean"].items()}
         print(f"{name}: {summary['personas']} personas, {summary['examples']} answers: {mean}")
     return finish(result)
+
+
+def _merged_runs(opened: Opened, runs: Sequence[str]) -> Opened:
+    """The project with the recipes of these runs (of all that were merged if none is named).
+
+    A run made with --strategy is not in the project file: its recipe is the one recorded in its folder. Raises
+    EvaluationError for a run that is not there.
+    """
+    output = opened.project.path(opened.project.output)
+    merged = [n for n in storage.list_folders(output) if storage.exists(_record(opened, n))]
+    missing = [name for name in runs if name not in merged]
+    if missing or not merged:
+        close = difflib.get_close_matches(missing[0], merged, n=1) if missing else []
+        hint = f"Did you mean {close[0]}? " if close else ""
+        raise EvaluationError(
+            f"{output}: {f'run {missing[0]}' if missing else 'a run'} has not been merged.\n"
+            f"{hint}Found: {', '.join(merged) or 'none'}. `raymerge merge {opened.project.location}` makes them."
+        )
+    wanted = sorted(set(runs)) or merged
+    return replace(opened, recipes={n: opened.recipes.get(n) or _recorded(opened, n) for n in wanted})
+
+
+def _record(opened: Opened, name: str) -> str:
+    return storage.join(opened.project.run_folder(name), "recipe.json")
+
+
+def _recorded(opened: Opened, name: str) -> Recipe:
+    written = storage.read_json(_record(opened, name))
+    try:
+        recipe = Recipe(**{**written, "name": name})
+        _ = recipe.needs  # knows the strategy
+    except (TypeError, KeyError, AttributeError, RoutingError) as error:
+        raise RecipeError(
+            f"{_record(opened, name)}: is not a recipe that this version knows.\n{error}\n"
+            "Merge it anew, or add the recipe to the project file."
+        ) from error
+    return recipe

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from raymerge.config import run_name_fault
 from raymerge.errors import RecipeError
 from raymerge.pipelines.job import finish
 from raymerge.pipelines.opening import need_adapters, need_recipes, open_project
@@ -44,8 +45,27 @@ def _recipe(given: Mapping[str, Any], recipes: Sequence[str]) -> dict[str, Any] 
         raise RecipeError(f"--{next(iter(given))}: needs --strategy.\nA recipe of the project file is taken as it is.")
     if recipes:
         raise RecipeError("--strategy and --recipe: give one of them.")
-    written = {key: yaml.safe_load(value) if isinstance(value, str) else value for key, value in given.items()}
-    if isinstance(written.get("rank"), float):
-        written["rank"] = {"energy": written["rank"]}
-    default = written["strategy"] + (f"_k{written['k']}" if "k" in written else "")
-    return {**written, "name": written.get("name", default)}
+    numbers = {key: _number(key, given[key]) for key in ("scale", "rank") if key in given}
+    if isinstance(numbers.get("rank"), float):
+        numbers["rank"] = {"energy": numbers["rank"]}
+    name = given.get("name") or given["strategy"] + (f"_k{given['k']}" if "k" in given else "")
+    fault = run_name_fault(given["name"]) if "name" in given else None
+    if fault:
+        raise RecipeError(f"--name {given['name']}: {fault}.\nThe run's folder has this name.")
+    return {**given, **numbers, "name": name}
+
+
+def _number(option: str, value: Any) -> Any:
+    """`5`, `0.95`, `match_norm` or `{energy: 0.9, max: 32}` as the project file would give it."""
+    if not isinstance(value, str):
+        return value
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        expected = "a number or match_norm" if option == "scale" else "keep, exact, a number, or energy such as 0.95"
+        raise RecipeError(f"--{option} {value}: cannot be read.\nExpected {expected}.") from error

@@ -1,0 +1,75 @@
+"""Recipes from the command line: read as the project file would give them, and evaluated like any other run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from raymerge.errors import EvaluationError, RecipeError
+from raymerge.pipelines.compare import compare
+from raymerge.pipelines.evaluate import evaluate
+from raymerge.pipelines.merge import merge
+
+
+def recorded(project: str, run: str) -> dict:
+    return json.loads((Path(project).parent / "runs" / run / "recipe.json").read_text())
+
+
+def test_a_run_made_from_the_command_line_is_evaluated_and_compared(project, capsys):
+    given = {"strategy": "cluster_average", "name": "2024", "rank": "0.5", "scale": "1e-1"}
+    assert merge(project, extra=given, local=True) == 0
+    assert (recorded(project, "2024")["rank"], recorded(project, "2024")["scale"]) == ({"energy": 0.5}, 0.1)
+    before = recorded(project, "2024")
+    assert evaluate(project, runs=["2024"], local=True) == 0
+    assert recorded(project, "2024") == before
+    assert merge(project, recipes=["small"], local=True) == 0
+    assert evaluate(project, local=True) == 0  # all that were merged, from wherever
+    capsys.readouterr()
+    assert compare(project, as_json=True) == 0
+    assert {row["name"] for row in json.loads(capsys.readouterr().out)["rows"]} == {"2024", "small"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"name": "../../evil"}, r"--name \.\./\.\./evil: cannot be the name of a folder"),
+        ({"name": "plots"}, "--name plots: is taken by the report"),
+        ({"name": "_shared"}, "--name _shared: cannot be"),
+        ({"name": ""}, "--name : cannot be"),
+        ({"rank": "["}, r"--rank \[: cannot be read\.\nExpected keep, exact"),
+        ({"rank": "two"}, "rank 'two' is no rank"),
+        ({"scale": "nan"}, "scale is a number or match_norm"),
+    ],
+)
+def test_what_cannot_be_given_is_refused_and_nothing_written(project, given, message):
+    before = {p for p in Path(project).parents[1].rglob("*") if p.name != "runs"}
+    with pytest.raises(RecipeError, match=message):
+        merge(project, extra={"strategy": "own", **given}, local=True)
+    assert {p for p in Path(project).parents[1].rglob("*") if p.name != "runs"} == before
+
+
+def test_a_run_that_is_not_there_is_refused_with_those_that_are(project):
+    assert merge(project, recipes=["own"], local=True) == 0
+    with pytest.raises(EvaluationError, match=r"run ow has not been merged.\nDid you mean own\? Found: own"):
+        evaluate(project, runs=["ow"], local=True)
+    with pytest.raises(EvaluationError, match=r"run \.\./runs/own has not been merged"):
+        evaluate(project, runs=["../runs/own"], local=True)
+
+
+def test_a_recorded_recipe_of_another_version_is_refused(project):
+    assert merge(project, extra={"strategy": "own", "name": "old"}, local=True) == 0
+    record = Path(project).parent / "runs/old/recipe.json"
+    for change in ({"strategy": "magic"}, {"knob": 1}):
+        record.write_text(json.dumps({**recorded(project, "old"), **change}))
+        with pytest.raises(RecipeError, match=r"old/recipe.json: is not a recipe that this version knows"):
+            evaluate(project, runs=["old"], local=True)
+
+
+def test_a_project_without_recipes_can_be_evaluated(project):
+    value = yaml.safe_load(Path(project).read_text())
+    Path(project).write_text(yaml.safe_dump({**value, "recipes": {}}))
+    with pytest.raises(EvaluationError, match="a run has not been merged"):
+        evaluate(project, local=True)
+    assert merge(project, extra={"strategy": "base"}, local=True) == 0
+    assert evaluate(project, local=True) == 0

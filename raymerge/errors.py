@@ -4,6 +4,23 @@ The first line of a message says what happened and where; the lines after it wha
 what to do. The command line prints the message alone; a traceback needs `--debug`.
 """
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(name: str, allowed: Iterable[str]) -> str:
+    """` Did you mean NAME?` for the nearest of the allowed names, or nothing where none is near."""
+    close = difflib.get_close_matches(name, list(allowed), n=1)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def unknown(what: str, name: str, allowed: Iterable[str], shown: str | None = None) -> str:
+    """The text that refuses an unknown name, with the nearest and all allowed ones. shown: how it is printed."""
+    names = sorted(allowed)
+    return f"unknown {what} {shown or repr(name)}.{did_you_mean(name, names)}\nAllowed: {', '.join(names) or 'none'}."
+
 
 class RaymergeError(Exception):
     """Anything raymerge refuses or gives up. Takes the whole message as its one argument."""

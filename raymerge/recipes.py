@@ -7,18 +7,18 @@ of the key of everything made with it.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from raymerge.errors import RankError, RecipeError, RoutingError
+from raymerge.errors import RankError, RecipeError, RoutingError, unknown
 from raymerge.merging.methods import METHODS
 from raymerge.merging.rank import parse_rank
 from raymerge.routing.strategies import STRATEGIES, needs_of, resolve_parameters
 
 DEFAULT_RANK: Mapping[str, Any] = {"energy": 0.95, "max": 64}
 REFERENCES = ("base", "own", "unified", "cluster_trained")  # adapters as trained: nothing is merged
+DTYPES = ("float64", "float32", "bfloat16", "float16")
 KEYS = ("strategy", "method", "scale", "rank", "anchor", "dtype", "embedding")
 
 
@@ -98,8 +98,8 @@ def parse_recipe(name: str, written: Mapping[str, Any], *, centred: bool = True)
         scale=_scale(where, written.get("scale", 1.0 if reference else "match_norm")),
         rank=rank,
         anchor=str(written.get("anchor") or "none") if "anchor" in written else "auto",
-        dtype=written.get("dtype"),
-        embedding=written.get("embedding"),
+        dtype=_dtype(where, written.get("dtype")),
+        embedding=str(written["embedding"]) if written.get("embedding") is not None else None,
     )
 
 
@@ -145,12 +145,17 @@ def _scale(where: str, value: Any) -> float | Literal["match_norm"]:
     return float(value)
 
 
+def _dtype(where: str, value: Any) -> str | None:
+    if value is None:
+        return None
+    _known(where, "dtype", str(value), dict.fromkeys(DTYPES))
+    return str(value)
+
+
 def _known(where: str, what: str, name: str, registry: Mapping[str, Any]) -> None:
     if name not in registry:
         _refuse(where, what, name, list(registry))
 
 
 def _refuse(where: str, what: str, name: str, allowed: list[str]) -> None:
-    close = difflib.get_close_matches(name, allowed, n=1)
-    hint = f" Did you mean {close[0]}?" if close else ""
-    raise RecipeError(f"{where}: unknown {what} {name!r}.{hint}\nAllowed: {', '.join(sorted(allowed))}.")
+    raise RecipeError(f"{where}: {unknown(what, name, allowed)}")

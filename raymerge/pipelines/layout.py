@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -10,7 +10,8 @@ import pyarrow as pa
 from raymerge import storage
 from raymerge.config import Project
 from raymerge.errors import RecipeError
-from raymerge.pipelines.placing import Placed
+from raymerge.manifest import NAME
+from raymerge.pipelines.placing import Placed, write_if_new
 from raymerge.recipes import Recipe
 from raymerge.routing.table import RoutingTable
 
@@ -25,19 +26,28 @@ def write_run_files(
     notes: Sequence[str],
     locations: Mapping[str, str],
 ) -> None:
-    """Write recipe.json, routing.parquet, routing_info.json and assignments.parquet.
+    """Write recipe.json, routing.parquet, routing_info.json and assignments.parquet; remove adapters of no row.
 
     locations: where each adapter of the run lies or will lie. Raises RecipeError if the folder holds the run of another
     recipe.
     """
     folder = project.run_folder(recipe.name)
     check_same_recipe(folder, recipe)
-    _write_if_new(storage.join(folder, "recipe.json"), storage.encode_json(recipe.as_dict()))
-    _write_if_new(storage.join(folder, "routing.parquet"), table.to_bytes())
+    _remove_others(storage.join(folder, "adapters"), set(locations.values()))
+    write_if_new(storage.join(folder, "recipe.json"), storage.encode_json(recipe.as_dict()))
+    write_if_new(storage.join(folder, "routing.parquet"), table.to_bytes())
     if table.num_rows <= MOST_ROWS_FOR_PEOPLE:
         info = placed.explain(recipe, table, notes)
-        _write_if_new(storage.join(folder, "routing_info.json"), storage.encode_json(info))
-    _write_if_new(storage.join(folder, "assignments.parquet"), _assignments(project, table, locations))
+        write_if_new(storage.join(folder, "routing_info.json"), storage.encode_json(info))
+    write_if_new(storage.join(folder, "assignments.parquet"), _assignments(project, table, locations))
+
+
+def _remove_others(folder: str, wanted: Collection[str]) -> None:
+    """Remove adapters that raymerge made in a run's folder and that no row names any longer."""
+    for name in storage.list_folders(folder):
+        place = storage.join(folder, name)
+        if place not in wanted and storage.exists(storage.join(place, NAME)):
+            storage.remove(place)
 
 
 def check_same_recipe(folder: str, recipe: Recipe) -> None:
@@ -62,8 +72,3 @@ def _assignments(project: Project, table: RoutingTable, locations: Mapping[str, 
     names = assigned.column("adapter").to_pylist()
     places = [None if name is None else locations[name].removeprefix(start) for name in names]
     return storage.encode_parquet(assigned.append_column("location", pa.array(places, pa.string())))
-
-
-def _write_if_new(location: str, data: bytes) -> None:
-    if not storage.exists(location) or storage.read_bytes(location) != data:
-        storage.write_bytes(location, data)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from raymerge import storage
 from raymerge.adapters.catalogue import Catalogue
-from raymerge.config import GROUPINGS, Grouping, Project, load_project
-from raymerge.errors import AdapterError, PersonaError, ProjectError, RecipeError
+from raymerge.config import Project, load_project
+from raymerge.errors import AdapterError, ProjectError, RecipeError, unknown
 from raymerge.personas import Personas, read_personas
 from raymerge.recipes import Recipe, parse_recipe, parse_recipes
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,20 @@ class Opened:
     personas: Personas | None
     recipes: Mapping[str, Recipe]
     adapters: tuple[str, ...]  # personas whose adapter is there now
+    notes: tuple[str, ...] = ()  # what one would not expect
 
     @property
     def names(self) -> tuple[str, ...]:
         """All personas: those with examples, or those with an adapter where there are no examples."""
         return self.personas.names if self.personas is not None else self.adapters
+
+    @cached_property
+    def trainable(self) -> tuple[str, ...]:
+        """Personas with training examples, sorted; none where there are no examples at all."""
+        if self.personas is None:
+            return ()
+        without = set(self.personas.missing("train"))
+        return tuple(name for name in self.personas.names if name not in without)
 
     def only(self, recipes: Iterable[str]) -> Opened:
         """The same with these recipes alone."""
@@ -44,16 +56,15 @@ class Opened:
         return self.personas
 
     def need_base(self, what: str) -> str:
-        """Where the base model lies. Raises ProjectError where the project names none or it is not there."""
-        base = self.project.base_model
-        if base is None:
+        """Where the base model lies, or its hub id. Raises ProjectError if there is none."""
+        base, location = self.project.base_model, base_location(self.project)
+        if base is None or location is None:
             raise ProjectError(f"{self.project.location}: {what} needs `base_model`.")
-        location = self.project.path(base)
-        if not storage.exists(storage.join(location, "config.json")):
-            raise ProjectError(
-                f"{self.project.location}: base_model {base!r} is not there.\nLooked for {location}/config.json."
-            )
-        return location
+        if location != self.project.path(base) or storage.exists(storage.join(location, "config.json")):
+            return location
+        raise ProjectError(
+            f"{self.project.location}: base_model {base!r} is not there.\nLooked for {location}/config.json."
+        )
 
 
 def open_project(
@@ -70,10 +81,10 @@ def open_project(
     Raises ProjectError, RecipeError, PersonaError, StorageError.
     """
     project = load_project(location)
-    if start_from is not None:
-        project = project.model_copy(
-            update={"training": project.training.model_copy(update={"start_from": start_from})}
-        )
+    start = start_from or project.training.start_from
+    if start is not None:  # written in one way, since adapters record it and are compared by it
+        start = project.path(start).removeprefix(project.workspace.rstrip("/") + "/")
+        project = project.model_copy(update={"training": project.training.model_copy(update={"start_from": start})})
     _refuse_vanishing_output(project)
     parsed = parse_recipes(project.recipes, centred=project.embedding.centred)
     if extra is not None:
@@ -81,15 +92,32 @@ def open_project(
         parsed = {extra["name"]: parse_recipe(extra["name"], written, centred=project.embedding.centred)}
     for name in recipes:
         if name not in parsed:
-            close = difflib.get_close_matches(name, list(parsed), n=1)
-            hint = f" Did you mean {close[0]}?" if close else ""
-            raise RecipeError(f"{location}: unknown recipe {name!r}.{hint}\nAllowed: {', '.join(parsed) or 'none'}.")
+            raise RecipeError(f"{location}: {unknown('recipe', name, parsed)}")
     chosen = {name: parsed[name] for name in (recipes or parsed)}
     personas = read_personas(project.path(project.personas)) if project.personas else None
-    there = Catalogue.from_template(project.path(project.adapters)).names
-    adapters = tuple(n for n in there if personas is None or n in set(personas.names))
+    adapters, strangers = _find_adapters(project, personas)
     storage.check_writable(project.path(project.output))
-    return Opened(project, personas, chosen, adapters)
+    notes = [
+        f"{n}: has no examples, so its adapter is left out ({len(strangers)} such adapters)" for n in strangers[:1]
+    ]
+    return Opened(project, personas, chosen, adapters, tuple(notes))
+
+
+def _find_adapters(project: Project, personas: Personas | None) -> tuple[tuple[str, ...], list[str]]:
+    """Personas whose adapter is there, and adapters of nobody. Raises AdapterError for a name that is taken."""
+    found = Catalogue.from_template(project.path(project.adapters))
+    unified = project.path(project.unified_adapter)
+    there = [name for name, location in sorted(found.locations.items()) if location != unified]
+    if personas is not None:
+        known = set(personas.names)
+        return tuple(n for n in there if n in known), [n for n in there if n not in known]
+    for name in there:
+        if name in ("all", "base", "unified") or name.startswith("cluster_"):
+            raise AdapterError(
+                f"{found.location(name)}: the name {name} is taken by the adapters of everyone or of a cluster.\n"
+                "Rename the folder."
+            )
+    return tuple(there), []
 
 
 def _refuse_vanishing_output(project: Project) -> None:
@@ -101,50 +129,22 @@ def _refuse_vanishing_output(project: Project) -> None:
         )
 
 
+def base_location(project: Project) -> str | None:
+    """Where the base model lies; a hub id such as org/name as it is, where there is no such folder."""
+    base = project.base_model
+    if base is None:
+        return None
+    location = project.path(base)
+    is_path = storage.exists(location) or storage.exists(project.path(base.split("/")[0]))
+    return base if _HUB_ID.fullmatch(base) and not base.startswith(".") and not is_path else location
+
+
 def base_digest(location: str) -> str:
-    """One digest for a base model's files: configuration, weights and tokenizer."""
-    files = [f.path for f in storage.list_files(location) if f.path.endswith((".json", ".safetensors", ".model"))]
-    return storage.digest_value([[name, storage.digest(storage.join(location, name))] for name in files])
-
-
-def check_training(opened: Opened, groupings: Iterable[Grouping]) -> None:
-    """Raise now if something cannot be trained: no base, no examples."""
-    groupings = tuple(groupings)
-    if not groupings:
-        return
-    opened.need_base("training")
-    personas = opened.need_personas("training")
-    start = opened.project.training.start_from
-    if (
-        "persona" in groupings
-        and start is not None
-        and not (
-            storage.exists(storage.join(opened.project.path(start), "adapter_config.json"))
-            or (start == opened.project.unified_adapter and "unified" in groupings)
-        )
-    ):
-        raise AdapterError(
-            f"{opened.project.path(start)}: there is no adapter to start from.\n"
-            f"`raymerge train {opened.project.location} --group-by unified` makes the unified one."
-        )
-    empty = [name for name in personas.names if not personas.examples(name, "train")]
-    if empty and "persona" in groupings:
-        raise PersonaError(
-            f"{opened.project.personas}: {empty[0]} has no training examples ({len(empty)} such personas).\n"
-            "Add rows with split train, or leave these personas out."
-        )
-
-
-def all_groupings(opened: Opened) -> tuple[Grouping, ...]:
-    """The groupings whose adapters the recipes ask for, as far as there are examples to train them on."""
-    if opened.personas is None:
-        return ()
-    needs: frozenset[str] = frozenset().union(*(recipe.needs for recipe in opened.recipes.values()))
-    wanted = {"persona": "own" in needs, "cluster": "cluster_adapters" in needs, "unified": "unified" in needs}
-    start = opened.project.training.start_from
-    if wanted["persona"] and start is not None and start == opened.project.unified_adapter:
-        wanted["unified"] = True
-    return tuple(grouping for grouping in GROUPINGS if wanted[grouping])
+    """One digest for a base model's files: configuration, weights and tokenizer; of a hub id, the id."""
+    kinds = (".json", ".safetensors", ".bin", ".model", ".jinja", ".txt")
+    files = [f.path for f in storage.list_files(location) if f.path.endswith(kinds)]
+    found = [[name, storage.digest(storage.join(location, name))] for name in files]
+    return storage.digest_value(found or location)
 
 
 def need_recipes(opened: Opened) -> None:

@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from raymerge import storage
-from raymerge.errors import ProjectError
-from raymerge.manifest import read_manifest, write_artefact
+from raymerge.config import Project
+from raymerge.errors import PersonaError, ProjectError, RoutingError
+from raymerge.manifest import read_manifest
 from raymerge.pipelines.opening import Opened
 from raymerge.pipelines.planning import embedding_items, embedding_source
 from raymerge.recipes import Recipe
@@ -20,6 +22,7 @@ from raymerge.routing.inputs import RoutingInputs
 from raymerge.routing.similarity import mean_direction, project
 from raymerge.routing.strategies import route
 from raymerge.routing.table import RoutingTable
+from raymerge.runtime.tasks import SketchTask
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,11 @@ class Placing:
 
 @dataclass(frozen=True)
 class Placed:
-    """The inputs of every routing of a job."""
+    """The inputs of every routing of a job. unread: adapters that could not be embedded, since they cannot be read."""
 
     opened: Opened
     inputs: RoutingInputs
+    unread: frozenset[str] = frozenset()
 
     @property
     def clusters(self) -> Mapping[str, str] | None:
@@ -44,8 +48,22 @@ class Placed:
         return self.inputs.clusters.labels if self.inputs.clusters is not None else None
 
     def route(self, recipe: Recipe) -> tuple[RoutingTable, tuple[str, ...]]:
-        """The routing table of a recipe, and notes on it. Raises RoutingError."""
-        return route(recipe.strategy, recipe.strategy_parameters, self.inputs_of(recipe))
+        """The routing table of a recipe, and notes on it. Personas whom nothing places get the base.
+
+        Raises RoutingError, also where nobody has a place.
+        """
+        inputs = self.inputs_of(recipe)
+        nowhere = self._nowhere(recipe, inputs)
+        there = [name for name in inputs.personas if name not in nowhere]
+        if nowhere and not there:
+            raise RoutingError(f"recipe {recipe.name}: no persona has an embedding, so nobody can be routed.")
+        table, notes = route(recipe.strategy, recipe.strategy_parameters, replace(inputs, personas=there))
+        if nowhere:
+            notes = (f"{min(nowhere)}: has no embedding and gets the base ({len(nowhere)} such personas)", *notes)
+            table = table.with_base(nowhere)
+        if len(inputs.personas) < len(self.inputs.personas):
+            notes = (f"{min(self.unread)}: cannot be read and is left out ({len(self.unread)} such adapters)", *notes)
+        return table, notes
 
     def explain(self, recipe: Recipe, table: RoutingTable, notes: Sequence[str]) -> dict[str, Any]:
         """`routing_info.json`: the table for people."""
@@ -54,24 +72,67 @@ class Placed:
         )
 
     def inputs_of(self, recipe: Recipe) -> RoutingInputs:
-        """The inputs, with the recipe's own embedding where it names a file of vectors."""
+        """The inputs, without what cannot be read, and with the recipe's own embedding where it names a file."""
+        inputs = self.inputs
+        if needs_embeddings(self.opened.project, recipe):
+            read = [[n for n in names if n not in self.unread] for names in (inputs.personas, inputs.experts)]
+            inputs = replace(inputs, personas=read[0], experts=read[1])
         if recipe.embedding is None:
-            return self.inputs
+            return inputs
         vectors = read_embeddings(self.opened.project.path(recipe.embedding))
-        return replace(self.inputs, embeddings=vectors, mean=None, centroids=None)
+        return replace(inputs, embeddings=vectors, mean=None, centroids=None)
+
+    def _nowhere(self, recipe: Recipe, inputs: RoutingInputs) -> set[str]:
+        """Personas without an embedding where the recipe needs one, or without a cluster and the texts to find it."""
+        found: set[str] = set()
+        if "embeddings" in recipe.needs and inputs.embeddings is not None:
+            found |= set(inputs.personas) - set(inputs.embeddings.names)
+        if "clusters" in recipe.needs and (self.inputs.embeddings is not None or self.opened.personas is not None):
+            findable = self.opened.trainable if self.inputs.embeddings is None else ()
+            found |= set(inputs.personas) - set(self.clusters or ()) - set(findable)
+        return found
 
 
-def place(opened: Opened, wanted: Placing, *, refit: bool) -> Placed:
-    """Gather what the embedding items wrote, and fit or load mean and clusters."""
+def needs_embeddings(project: Project, recipe: Recipe) -> bool:
+    """Whether a recipe needs the project's embeddings, for its routing or for its clusters."""
+    own = "embeddings" in recipe.needs and recipe.embedding is None
+    return own or ("clusters" in recipe.needs and project.clusters.file is None)
+
+
+def check_placing(opened: Opened, wanted: Placing, *, refit: bool) -> None:
+    """Raise now what would end the job once the embeddings are there: no texts, other settings, unknown names."""
+    location = opened.project.clusters.file
+    if wanted.clusters and location is not None:
+        read_clusters(opened.project.path(location), opened.names)
+    if not wanted.embeddings:
+        return
+    source = embedding_source(opened)
+    if source == "texts" and opened.need_personas("embedding") and not opened.trainable:
+        raise PersonaError(f"{opened.project.personas}: nobody has training examples, so nobody has an embedding.")
+    if source not in ("texts", "deltas"):
+        read_embeddings(source)
+    if not refit:
+        _read_fit(opened.project, fit_settings(opened, wanted.clusters))
+
+
+def place(opened: Opened, wanted: Placing, *, refit: bool, write: bool = True) -> Placed:
+    """Gather what the embedding items wrote, and fit or load mean and clusters. write: keep what was fitted."""
     names = opened.names
-    embeddings = gather_embeddings(opened, wanted.experts) if _embedded(opened, wanted) else None
+    embeddings = gather_embeddings(opened, wanted.experts) if wanted.embeddings else None
+    unread: frozenset[str] = frozenset()
     clusters: Clusters | None = None
     mean = None
+    files: dict[str, Any] = {}
     if embeddings is not None:
-        clusters, mean = _frozen(opened, embeddings, wanted.clusters, refit)
+        if embedding_source(opened) == "deltas":
+            unread = frozenset(wanted.experts) - frozenset(embeddings.names)
+        clusters, mean = _frozen(opened, embeddings, wanted.clusters, refit, files)
     elif wanted.clusters:
         clusters = read_clusters(opened.project.path(opened.project.clusters.file or ""), names)
-        _write_labels(opened, clusters)
+    if clusters is not None:
+        files["clusters.json"] = dict(clusters.labels)
+    for name, value in files.items() if write else ():
+        write_if_new(storage.join(_folder(opened.project), name), storage.encode_json(value))
     inputs = RoutingInputs(
         personas=names,
         experts=wanted.experts,
@@ -81,91 +142,97 @@ def place(opened: Opened, wanted: Placing, *, refit: bool) -> Placed:
         mean=mean,
         centroids=clusters.centroids if clusters is not None and clusters.centroids else None,
     )
-    return Placed(opened, inputs)
+    return Placed(opened, inputs, unread)
 
 
-def _embedded(opened: Opened, wanted: Placing) -> bool:
-    return wanted.embeddings or (wanted.clusters and opened.project.clusters.file is None)
+def embeddings_are_there(opened: Opened, experts: Sequence[str]) -> bool:
+    """Whether all embedding items have been done."""
+    return all(read_manifest(item.payload.folder) is not None for item in embedding_items(opened, experts, {}))
 
 
 def gather_embeddings(opened: Opened, experts: Sequence[str]) -> Embeddings:
-    """The vectors that the embedding items wrote. Raises ProjectError if one of them failed."""
+    """The vectors that the embedding items wrote, or those of the project's file.
+
+    Raises ProjectError if an item failed, or nothing could be embedded.
+    """
+    source = embedding_source(opened)
+    if source not in ("texts", "deltas"):
+        return read_embeddings(source)
     parts = []
     for item in embedding_items(opened, experts, {}):
-        if read_manifest(item.payload.folder) is None:
+        known = read_manifest(item.payload.folder)
+        if known is None:
             raise ProjectError(
                 f"{item.payload.folder}: the embeddings are not there, so nothing can be routed.\n"
                 "What failed is listed above; the same command goes on from here."
             )
-        parts.append(read_embeddings(storage.join(item.payload.folder, "vectors.parquet")))
+        embedded = item.payload.adapters if isinstance(item.payload, SketchTask) else item.payload.names
+        if len(known.get("failed", {})) < len(embedded):
+            parts.append(read_embeddings(storage.join(item.payload.folder, "vectors.parquet")))
+    if not parts:
+        raise ProjectError(f"{opened.project.location}: no adapter can be read, so nothing can be routed.")
     names = [name for part in parts for name in part.names]
     return make_embeddings(names, np.concatenate([part.vectors for part in parts]))
 
 
-def _frozen(
-    opened: Opened, embeddings: Embeddings, want_clusters: bool, refit: bool
-) -> tuple[Clusters | None, np.ndarray[Any, Any]]:
-    """Mean and clusters of the first run, newcomers admitted; fitted now if there are none or `refit`."""
-    project = opened.project
-    folder = storage.join(project.shared_folder(), "clusters")
-    settings = {
-        "embedding": [embedding_source(opened), project.embedding.model],
-        "clusters": project.clusters.model_dump(mode="json") if want_clusters else None,
+def _folder(project: Project) -> str:
+    return storage.join(project.shared_folder(), "clusters")
+
+
+def fit_settings(opened: Opened, want_clusters: bool) -> dict[str, Any]:
+    """What decides a fit: where embeddings come from; how clusters are found, and what their file says."""
+    clusters = opened.project.clusters
+    digest = storage.digest(opened.project.path(clusters.file)) if want_clusters and clusters.file else None
+    return {
+        "embedding": [embedding_source(opened), opened.project.embedding.model],
+        "clusters": {**clusters.model_dump(mode="json"), "digest": digest} if want_clusters else None,
     }
-    saved = None if refit else _read_fit(folder, settings)
+
+
+def _frozen(
+    opened: Opened, embeddings: Embeddings, want_clusters: bool, refit: bool, files: dict[str, Any]
+) -> tuple[Clusters | None, NDArray[np.float32]]:
+    """Mean and clusters of the first run, newcomers admitted; fitted now if there are none or `refit`.
+
+    files: gets `fit.json`, which holds both in one, so that a job that is killed leaves the old fit or the new one.
+    """
+    settings = fit_settings(opened, want_clusters)
+    saved = None if refit else _read_fit(opened.project, settings)
     mean = mean_direction(embeddings.vectors) if saved is None else np.array(saved["mean"], dtype=np.float32)
-    rows = project_rows(embeddings, mean)
+    rows = project(embeddings.vectors, mean)
+    given = opened.project.clusters
     clusters: Clusters | None = None
     if saved is not None and saved["clusters"] is not None:
         clusters = admit(parse_clusters(saved["clusters"]), embeddings.names, rows)
-    elif want_clusters and project.clusters.file is not None:
-        given = read_clusters(project.path(project.clusters.file), opened.names)
-        clusters = admit(find_centroids(given, embeddings.names, rows), embeddings.names, rows)
+    elif want_clusters and given.file is not None:
+        labelled = read_clusters(opened.project.path(given.file), opened.names)
+        clusters = admit(find_centroids(labelled, embeddings.names, rows), embeddings.names, rows)
     elif want_clusters:
-        clusters = k_means(embeddings.names, rows, project.clusters.count, project.clusters.seed)
-    value = clusters.as_value() if clusters is not None else None
+        clusters = k_means(embeddings.names, rows, given.count, given.seed)
     if saved is not None and not want_clusters:
         settings = saved["settings"]  # a job that asks for no clusters leaves those there are as they were
-    fit = {"settings": settings, "mean": [float(x) for x in mean], "clusters": value}
-    files = {"fit.json": storage.encode_json(fit)}
-    if clusters is not None:
-        files["clusters.json"] = storage.encode_json(dict(clusters.labels))
-    _write_if_changed(folder, files)
+    value = clusters.as_value() if clusters is not None else None
+    files["fit.json"] = {"settings": settings, "mean": [float(x) for x in mean], "clusters": value}
     return clusters, mean
 
 
-def project_rows(embeddings: Embeddings, mean: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The embeddings as routing compares them: directions less the mean."""
-    return project(embeddings.vectors, mean)
-
-
-def _read_fit(folder: str, settings: Mapping[str, Any]) -> Any:
-    if read_manifest(folder) is None:
-        return None
-    location = storage.join(folder, "fit.json")
+def _read_fit(project: Project, settings: Mapping[str, Any]) -> Any:
+    location = storage.join(_folder(project), "fit.json")
     if not storage.exists(location):
         return None
     saved = storage.read_json(location)
-    if saved["settings"]["clusters"] is None and saved["settings"]["embedding"] == settings["embedding"]:
-        return {**saved, "clusters": None}
-    wanted = {k: v for k, v in settings.items() if v is not None}
+    wanted = {k: v for k, v in settings.items() if v is not None and saved["settings"][k] is not None}
     differing = [key for key, value in wanted.items() if saved["settings"][key] != value]
     if differing:
         raise ProjectError(
-            f"{folder}: was fitted with other settings of `{differing[0]}`.\n"
+            f"{_folder(project)}: was fitted with other settings of `{differing[0]}`.\n"
             f"Found {saved['settings'][differing[0]]} there, {settings[differing[0]]} in the project file. "
-            "--refit fits anew; runs made before keep their adapters until they are removed."
+            "--refit fits anew; runs made before keep their adapters until they are made again."
         )
     return saved
 
 
-def _write_labels(opened: Opened, clusters: Clusters) -> None:
-    folder = storage.join(opened.project.shared_folder(), "clusters")
-    _write_if_changed(folder, {"clusters.json": storage.encode_json(dict(clusters.labels))})
-
-
-def _write_if_changed(folder: str, files: Mapping[str, bytes]) -> None:
-    key = storage.digest_value({name: storage.digest_bytes(data) for name, data in files.items()})
-    manifest = read_manifest(folder)
-    if manifest is None or manifest["key"] != key:
-        write_artefact(folder, files, {}, key)
+def write_if_new(location: str, data: bytes) -> None:
+    """Write a file unless it holds these bytes."""
+    if not storage.exists(location) or storage.read_bytes(location) != data:
+        storage.write_bytes(location, data)

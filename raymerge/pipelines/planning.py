@@ -1,4 +1,4 @@
-"""From a project to items: which adapters to train, which rows to merge, which answers to score.
+"""From a project to items: whom to embed, which rows to merge, which answers to score.
 
 Items are cut by the plan alone, never by what is missing, so that the bytes of a result do not depend on
 interruptions; each item looks for itself whether its result is there.
@@ -6,15 +6,15 @@ interruptions; each item looks for itself whether its result is there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raymerge import manifest, storage
-from raymerge.config import Grouping
-from raymerge.errors import PersonaError, ProjectError
-from raymerge.personas import Personas, Split
+from raymerge import storage
+from raymerge.errors import ProjectError, unknown
+from raymerge.personas import Split
 from raymerge.pipelines.opening import Opened, base_digest
+from raymerge.pipelines.trainings import maker_of
 from raymerge.recipes import Recipe
 from raymerge.routing.table import MergeGroup, RoutingTable
 from raymerge.runtime.scheduler import Item
@@ -26,8 +26,6 @@ from raymerge.runtime.tasks import (
     GatherTask,
     MergeTask,
     SketchTask,
-    TrainGroup,
-    TrainTask,
 )
 
 PERSONAS_PER_EMBEDDING = 100
@@ -35,93 +33,21 @@ ADAPTERS_PER_SKETCH = 50
 SKETCH_DIMENSIONS = 4096
 
 
-def training_items(
-    opened: Opened, grouping: Grouping, clusters: Mapping[str, str] | None, *, after: frozenset[str] = frozenset()
-) -> list[Item]:
-    """Items that train one grouping: equal-sized personas side by side, `adapters_per_item` at a time; clusters and
-    the unified adapter one per item, the largest first.
-
-    clusters: persona -> label, needed for grouping `cluster`.
-    """
-    project = opened.project
-    personas = opened.need_personas("training")
-    settings = project.training.of(grouping)
-    groups = _train_groups(opened, personas, grouping, clusters)
-    sizes = {g.name: sum(len(personas.examples(p, "train")) for p in g.personas) for g in groups}
-    start = settings.start_from if grouping == "persona" else None
-    whole = TrainTask(
-        groups=(),
-        grouping=grouping,
-        personas=personas.location,
-        training={**settings.model_dump(mode="json"), "start_from": start},
-        prompt_format=project.generation.prompt_format,
-        base_digest=base_digest(opened.need_base("training")),
-        workspace=project.workspace,
-    )
-    items = []
-    for number, portion in enumerate(_portions(groups, sizes, settings.adapters_per_item)):
-        label = "unified" if grouping == "unified" else portion[0].name if grouping == "cluster" else f"{number:04d}"
-        name = f"train/{label}" if grouping == "unified" else f"train/{grouping}/{label}"
-        items.append(Item(name, "model", "train", replace(whole, groups=tuple(portion)), after=after, alone=True))
-    return items
-
-
-def _train_groups(
-    opened: Opened, personas: Personas, grouping: Grouping, clusters: Mapping[str, str] | None
-) -> list[TrainGroup]:
-    project = opened.project
-    members: dict[str, list[str]] = {}
-    for name in personas.names:
-        if grouping == "cluster" and clusters is None:
-            raise ProjectError(f"{project.location}: training by cluster needs clusters.")
-        label = {"unified": "unified", "persona": name}.get(grouping) or (clusters or {})[name]
-        members.setdefault(label, []).append(name)
-    return [
-        TrainGroup(label, project.adapter_location(label), tuple(members[label]))
-        for label in sorted(members)
-        if not is_foreign(project.adapter_location(label))
-    ]
-
-
-def is_foreign(location: str) -> bool:
-    """Whether an adapter is there that `raymerge train` did not make: it is used as it is and never trained over."""
-    if not storage.exists(storage.join(location, "adapter_config.json")):
-        return False
-    if not storage.exists(storage.join(location, manifest.NAME)):
-        return True
-    known = manifest.read_manifest(location)
-    return known is not None and "grouping" not in known
-
-
-def _portions(groups: Sequence[TrainGroup], sizes: Mapping[str, int], most: int) -> list[list[TrainGroup]]:
-    by_size: dict[int, list[TrainGroup]] = {}
-    for group in groups:
-        by_size.setdefault(sizes[group.name], []).append(group)
-    return [
-        same[start : start + most]
-        for _, same in sorted(by_size.items(), reverse=True)
-        for start in range(0, len(same), most)
-    ]
-
-
-def trained_by(items: Iterable[Item]) -> dict[str, str]:
-    """Adapter name -> id of the item that trains it."""
-    return {g.name: item.id for item in items if isinstance(item.payload, TrainTask) for g in item.payload.groups}
-
-
 def embedding_items(opened: Opened, experts: Sequence[str], trained: Mapping[str, str]) -> list[Item]:
-    """Items that embed the personas by their texts, or the adapters by their deltas."""
+    """Items that embed the personas by their texts, or the adapters by their deltas; none where a file has vectors."""
     folder = storage.join(opened.project.shared_folder(), "embeddings")
-    if embedding_source(opened) == "texts":
+    source = embedding_source(opened)
+    if source not in ("texts", "deltas"):
+        return []
+    if source == "texts":
         personas = opened.need_personas("embedding")
-        named = [n for n in personas.names if personas.examples(n, "train")]
         model = opened.project.embedding.model
         return [
             Item(
                 f"embed/{number:04d}", "model", "embed",
                 EmbedTask(storage.join(folder, f"texts-{number:04d}"), personas.location, tuple(part), model),
             )
-            for number, part in enumerate(_cut(named, PERSONAS_PER_EMBEDDING))
+            for number, part in enumerate(_cut(opened.trainable, PERSONAS_PER_EMBEDDING))
         ]  # fmt: skip
     return [
         Item(
@@ -137,24 +63,26 @@ def embedding_items(opened: Opened, experts: Sequence[str], trained: Mapping[str
 
 
 def embedding_source(opened: Opened) -> str:
-    """`texts` or `deltas`."""
+    """`texts`, `deltas`, or the location of a parquet file of vectors. Raises ProjectError for anything else."""
     source = opened.project.embedding.source
-    return source if source != "auto" else "texts" if opened.personas is not None else "deltas"
+    if source == "auto":
+        return "texts" if opened.personas is not None else "deltas"
+    if source.endswith(".parquet"):
+        return opened.project.path(source)
+    if source not in ("texts", "deltas"):
+        allowed = ("auto", "texts", "deltas", "FILE.parquet")
+        raise ProjectError(f"{opened.project.location}: {unknown('embedding.source', source, allowed)}")
+    return source
 
 
 def _cut(values: Sequence[Any], size: int) -> list[Sequence[Any]]:
     return [values[start : start + size] for start in range(0, len(values), size)]
 
 
-def is_reference(recipe: Recipe, experts: Sequence[tuple[str, float]]) -> bool:
+def is_reference(recipe: Recipe, group: MergeGroup) -> bool:
     """Whether a row is an adapter as it is: one contributor at weight 1, unscaled, uncompressed."""
-    return (
-        len(experts) == 1
-        and experts[0][1] == 1.0
-        and recipe.scale in (1.0, "match_norm")
-        and recipe.rank in ("keep", "exact")
-        and recipe.dtype is None
-    )
+    plain = recipe.scale in (1.0, "match_norm") and recipe.rank in ("keep", "exact") and recipe.dtype is None
+    return group.single is not None and plain
 
 
 def merge_tasks(opened: Opened, recipe: Recipe, table: RoutingTable) -> tuple[dict[str, MergeTask], dict[str, str]]:
@@ -165,7 +93,7 @@ def merge_tasks(opened: Opened, recipe: Recipe, table: RoutingTable) -> tuple[di
     for group in table.groups():
         if not group.experts:
             continue
-        if is_reference(recipe, group.experts):
+        if is_reference(recipe, group):
             as_they_are[group.adapter] = opened.project.adapter_location(group.experts[0][0])
             continue
         experts = tuple(
@@ -176,12 +104,15 @@ def merge_tasks(opened: Opened, recipe: Recipe, table: RoutingTable) -> tuple[di
     return tasks, as_they_are
 
 
-def merge_items(recipe: Recipe, tasks: Mapping[str, MergeTask], trained: Mapping[str, str]) -> list[Item]:
-    """One item for each merge of a run; it waits for the trainings of its experts alone."""
+def merge_items(
+    opened: Opened, recipe: Recipe, tasks: Mapping[str, MergeTask], trained: Mapping[str, str]
+) -> list[Item]:
+    """One item for each merge of a run; it waits for the trainings of its experts and of its anchor alone."""
+    anchor = maker_of(opened.project, recipe.anchor, trained)
     return [
         Item(
             f"merge/{recipe.name}/{name}", "merge", "merge", task,
-            after=frozenset(trained[e.name] for e in task.experts if e.name in trained),
+            after=anchor | {trained[e.name] for e in task.experts if e.name in trained},
         )
         for name, task in tasks.items()
     ]  # fmt: skip
@@ -205,9 +136,8 @@ def evaluation_items(
     """Items that answer and score a run, each waiting for the adapters of its own personas, and one that joins them."""
     project = opened.project
     personas = opened.need_personas("evaluation")
-    scored = [name for name in table.personas if personas.examples(name, scoring.split)]
-    if not scored:
-        raise PersonaError(f"{personas.location}: nobody has examples of split {scoring.split}, so nothing is scored.")
+    without = set(personas.missing(scoring.split))
+    scored = [name for name in table.personas if name not in without]
     folder = storage.join(project.run_folder(recipe.name), scoring.folder)
     whole = EvaluateTask(
         folder=folder,
@@ -236,9 +166,10 @@ def _sources(
 ) -> dict[str, tuple[AnswerSource, frozenset[str]]]:
     """Persona -> what answers for it, and the items that make that."""
     tasks, as_they_are = merge_tasks(opened, recipe, table)
+    anchor = maker_of(opened.project, recipe.anchor, trained)
     found = {}
     for group in table.groups():
-        waits = frozenset(trained[name] for name, _ in group.experts if name in trained)
+        waits = anchor | {trained[name] for name, _ in group.experts if name in trained}
         if group.adapter in tasks and not scoring.in_memory:
             waits = frozenset({f"merge/{recipe.name}/{group.adapter}"})
         for persona in group.personas:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from raymerge.errors import EvaluationError
 from raymerge.pipelines.compare import compare_runs, show
 from raymerge.pipelines.job import finish
-from raymerge.pipelines.opening import all_groupings, need_recipes, open_project
+from raymerge.pipelines.opening import need_recipes, open_project
 from raymerge.pipelines.steps import Steps, run_steps
+from raymerge.pipelines.trainings import all_groupings
 
 
 def run(location: str, *, recipes: Sequence[str] = (), local: bool = False, refit: bool = False) -> int:

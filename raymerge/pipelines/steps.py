@@ -7,24 +7,33 @@ is queued at once, and the rest as soon as the last embedding is there.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from raymerge.config import Grouping
 from raymerge.evaluation.scores import kind_of
+from raymerge.pipelines.checks import check_evaluation, check_recipes
 from raymerge.pipelines.job import JobResult, carry_out
 from raymerge.pipelines.layout import write_run_files
-from raymerge.pipelines.opening import Opened, check_training
-from raymerge.pipelines.placing import Placed, Placing, place
+from raymerge.pipelines.opening import Opened
+from raymerge.pipelines.placing import (
+    Placed,
+    Placing,
+    check_placing,
+    embeddings_are_there,
+    needs_embeddings,
+    place,
+)
 from raymerge.pipelines.planning import (
     Scoring,
     embedding_items,
     evaluation_items,
     merge_items,
     merge_tasks,
-    trained_by,
-    training_items,
 )
+from raymerge.pipelines.trainings import check_training, start_of, trained_by, training_items
 from raymerge.recipes import Recipe
+from raymerge.routing.table import RoutingTable
 from raymerge.runtime.scheduler import Item, Outcome
 
 
@@ -44,6 +53,7 @@ class Plan:
 
     opened: Opened
     steps: Steps
+    starts: dict[Grouping, str | None] = field(default_factory=dict)
     trained: dict[str, str] = field(default_factory=dict)
     waiting: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
@@ -51,26 +61,43 @@ class Plan:
     @property
     def experts(self) -> tuple[str, ...]:
         """Personas whose adapter is there or will be."""
-        if "persona" not in self.steps.train:
-            return self.opened.adapters
-        return self.opened.need_personas("training").names
+        trained = self.opened.trainable if "persona" in self.steps.train else ()
+        return tuple(sorted({*self.opened.adapters, *trained}))
+
+    def check(self) -> None:
+        """Raise what can be known to be wrong before any item starts, and note what one would not expect."""
+        opened, steps = self.opened, self.steps
+        self.starts = {grouping: start_of(opened, grouping) for grouping in steps.train}
+        check_training(opened, self.starts)
+        check_recipes(opened, train=steps.train, merge=steps.merge)
+        if steps.evaluate:
+            check_evaluation(opened)
+        check_placing(opened, self.placing(), refit=steps.refit)
+        self.notes = [*opened.notes]
+        for grouping, start in self.starts.items():
+            if start is not None and opened.project.training.start_from is None:
+                self.notes.append(f"{grouping}: training starts from {start}, as that of the adapters there did")
+        without = sorted(set(opened.names) - set(opened.trainable)) if steps.train else []
+        if without:
+            self.notes.append(f"{without[0]}: has no training examples ({len(without)} such personas)")
 
     def first(self) -> list[Item]:
         """Items that wait for no embedding; all of them where none is needed."""
-        opened, steps = self.opened, self.steps
-        check_training(opened, steps.train)
+        self.check()
         items: list[Item] = []
-        if "unified" in steps.train:
-            items += training_items(opened, "unified", None)
-        if "persona" in steps.train:
-            started = opened.project.training.start_from == opened.project.unified_adapter
-            items += training_items(opened, "persona", None, after=frozenset(i.id for i in items if started))
-        self.trained = trained_by(items)
-        if not self._needs_embeddings():
-            return items + self.rest()
-        embeddings = embedding_items(opened, self.experts, self.trained)
+        for grouping in ("unified", "persona"):
+            items += self._trainings(grouping, None)
+        embeddings = embedding_items(self.opened, self.experts, self.trained) if self.placing().embeddings else []
         self.waiting = {item.id for item in embeddings}
-        return embeddings + items
+        return embeddings + items + ([] if embeddings else self.rest())
+
+    def _trainings(self, grouping: Grouping, clusters: Mapping[str, str] | None) -> list[Item]:
+        if grouping not in self.steps.train:
+            return []
+        start = self.starts[grouping]
+        items = training_items(self.opened, grouping, clusters, start=start, trained=self.trained)
+        self.trained |= trained_by(items)
+        return items
 
     def follow(self, outcome: Outcome) -> list[Item]:
         """More items once the last embedding is there."""
@@ -81,27 +108,25 @@ class Plan:
 
     def rest(self) -> list[Item]:
         """Cluster trainings, merges and evaluations."""
-        opened, steps = self.opened, self.steps
-        placed = place(opened, self.placing(), refit=steps.refit)
-        items: list[Item] = []
-        if "cluster" in steps.train:
-            items = training_items(opened, "cluster", placed.clusters)
-            self.trained |= trained_by(items)
-        per_recipe = [self._items_of(name, placed) for name in opened.recipes]
+        placed = place(self.opened, self.placing(), refit=self.steps.refit)
+        # all are routed before any is written, since routing may refuse one
+        routed = [(recipe, *placed.route(recipe)) for recipe in self.opened.recipes.values()]
+        items = self._trainings("cluster", placed.clusters)
+        per_recipe = [self._items_of(recipe, placed, table, notes) for recipe, table, notes in routed]
         merges = [m for m, _ in per_recipe]
         evaluations = [e for _, e in per_recipe]
         return items + list(itertools.chain.from_iterable(merges)) + list(itertools.chain.from_iterable(evaluations))
 
-    def _items_of(self, name: str, placed: Placed) -> tuple[list[Item], list[Item]]:
-        recipe = self.opened.recipes[name]
-        table, notes = placed.route(recipe)
-        self.notes += [f"{name}: {note}" for note in notes]
+    def _items_of(
+        self, recipe: Recipe, placed: Placed, table: RoutingTable, notes: tuple[str, ...]
+    ) -> tuple[list[Item], list[Item]]:
+        self.notes += [f"{recipe.name}: {note}" for note in notes]
         merges: list[Item] = []
         if self.steps.merge:
             tasks, as_they_are = merge_tasks(self.opened, recipe, table)
             locations = as_they_are | {adapter: task.folder for adapter, task in tasks.items()}
             write_run_files(self.opened.project, recipe, table, placed, notes, locations)
-            merges = merge_items(recipe, tasks, self.trained)
+            merges = merge_items(self.opened, recipe, tasks, self.trained)
         if not self.steps.evaluate:
             return merges, []
         return merges, [
@@ -122,17 +147,15 @@ class Plan:
             scorings.append(Scoring("validation", "validation"))
         return scorings
 
-    def _needs_embeddings(self) -> bool:
-        placing = self.placing()
-        return placing.embeddings or (placing.clusters and self.opened.project.clusters.file is None)
-
     def placing(self) -> Placing:
         """What the job needs to know of its personas."""
-        recipes = self.opened.recipes.values()
+        project, recipes = self.opened.project, self.opened.recipes.values()
+        by_cluster = "cluster" in self.steps.train
         return Placing(
             experts=self.experts,
-            embeddings=any("embeddings" in r.needs and r.embedding is None for r in recipes),
-            clusters="cluster" in self.steps.train or any("clusters" in r.needs for r in recipes),
+            embeddings=any(needs_embeddings(project, recipe) for recipe in recipes)
+            or (by_cluster and project.clusters.file is None),
+            clusters=by_cluster or any("clusters" in recipe.needs for recipe in recipes),
         )
 
 
@@ -144,17 +167,24 @@ def run_steps(opened: Opened, steps: Steps, *, local: bool, title: str) -> JobRe
 
 
 def describe(opened: Opened, steps: Steps) -> list[str]:
-    """What a job of merges would do, in lines, without doing it. The embeddings must be there where one is needed."""
+    """What a job of merges would do, in lines, without doing it: less is known where the embeddings come first."""
     plan = Plan(opened, steps)
-    placed = place(opened, plan.placing(), refit=False)
+    plan.check()
     lines = []
-    for recipe in opened.recipes.values():
-        table, notes = placed.route(recipe)
+    for name, recipe in opened.recipes.items():
+        alone = replace(plan, opened=opened.only([name])).placing()
+        if alone.embeddings and not embeddings_are_there(opened, alone.experts):
+            k = f" k = {recipe.strategy_parameters['k']}," if "k" in recipe.strategy_parameters else ""
+            lines.append(
+                f"{name}: {len(opened.names)} personas,{k} {len(alone.experts)} experts; embeddings come first"
+            )
+            continue
+        table, notes = place(opened, alone, refit=steps.refit, write=False).route(recipe)
         tasks, as_they_are = merge_tasks(opened, recipe, table)
         contributors = sum(len(task.experts) for task in tasks.values())
         lines.append(
-            f"{recipe.name}: {len(table.personas)} personas, {len(tasks)} merges of {contributors} contributors, "
+            f"{name}: {len(table.personas)} personas, {len(tasks)} merges of {contributors} contributors, "
             f"{len(as_they_are)} adapters used as they are"
         )
         lines += [f"  {note}" for note in notes]
-    return lines
+    return [*plan.notes, *lines]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raymerge import storage
-from raymerge.errors import RoutingError
+from raymerge.errors import RoutingError, did_you_mean
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +74,7 @@ def parse_clusters(value: Any, personas: Collection[str] | None = None, where: s
             centroids[label] = np.array(entry["centroid"], dtype=np.float32)
     strangers = sorted(set(labels) - set(personas)) if personas is not None else []
     if strangers:
-        close = difflib.get_close_matches(strangers[0], list(personas or ()), n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
+        hint = did_you_mean(strangers[0], personas or ())
         others = f" Neither are {len(strangers) - 1} more." if len(strangers) > 1 else ""
         raise RoutingError(f"{where}: {strangers[0]!r} is no persona.{hint}{others}")
     return Clusters(dict(sorted(labels.items())), centroids)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -21,8 +21,8 @@ class RoutingInputs:
     """Inputs of a strategy; those that it does not need may be left out.
 
     personas: who is to be routed. experts: whose own adapter is there or will be; a persona among `personas` but not
-    here is routed all the same. embeddings: of all personas. expert_embeddings: of experts that are no personas, or
-    that lie elsewhere than their persona; `embeddings` by default. clusters: labels of personas and experts.
+    here is routed all the same. embeddings: of all personas, and of experts; an expert without one contributes to
+    nobody where it matters. clusters: labels of personas and experts.
     mean: float32 (d,), what centring takes away, from an earlier run; of `embeddings` by default.
     centroids: label -> float32 (d,), from an earlier run with centring; of the clusters' members by default.
     seed: for the controls.
@@ -31,7 +31,6 @@ class RoutingInputs:
     personas: Sequence[str]
     experts: Sequence[str]
     embeddings: Embeddings | None = None
-    expert_embeddings: Embeddings | None = None
     clusters: Clusters | None = None
     seed: int = 0
     mean: NDArray[np.float32] | None = None
@@ -95,15 +94,14 @@ def make_space(inputs: RoutingInputs, centred: bool) -> tuple[Space, list[str]]:
     """The space of some inputs, and notes. Raises RoutingError if a persona has no embedding."""
     if inputs.embeddings is None:
         raise RoutingError("routing: this strategy needs embeddings.\nGive personas with training texts, or adapters.")
-    source = inputs.expert_embeddings or inputs.embeddings
-    there = set(source.names)
+    there = set(inputs.embeddings.names)
     experts = tuple(name for name in inputs.experts if name in there)
     without = [name for name in inputs.experts if name not in there]
     mean = None
     vectors = inputs.embeddings.take(inputs.personas)
     if centred:
         mean = inputs.mean if inputs.mean is not None else mean_direction(vectors)
-    queries, keys = project(vectors, mean), project(source.take(experts), mean)
+    queries, keys = project(vectors, mean), project(inputs.embeddings.take(experts), mean)
     notes = (
         [f"{without[0]}: has no embedding and contributes to nobody ({len(without)} such experts)"] if without else []
     )
@@ -117,10 +115,7 @@ def check_inputs(inputs: RoutingInputs) -> RoutingInputs:
     taken = ({"all", "base", "unified"} | labels) & {*personas, *experts}
     if taken:
         raise RoutingError(f"{min(taken)}: is the name of a persona and of an adapter for many.\nRename the persona.")
-    return RoutingInputs(
-        personas, experts, inputs.embeddings, inputs.expert_embeddings, inputs.clusters, inputs.seed, inputs.mean,
-        inputs.centroids,
-    )  # fmt: skip
+    return replace(inputs, personas=personas, experts=experts)
 
 
 def need_clusters(inputs: RoutingInputs) -> Clusters:

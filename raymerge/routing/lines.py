@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from raymerge.errors import RoutingError
+from raymerge.errors import RoutingError, did_you_mean
 
 EVERYWHERE = "*"  # the module group of a weight that is the same in all layers
 NAME = pa.dictionary(pa.int32(), pa.string())
@@ -108,8 +107,7 @@ def from_lines(personas: Sequence[str], lines: pa.Table, adapters: Mapping[str, 
     row = _codes(lines["persona"], personas)
     if (row < 0).any():
         stranger = lines["persona"][int(np.flatnonzero(row < 0)[0])].as_py()
-        close = difflib.get_close_matches(stranger, personas, n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
+        hint = did_you_mean(stranger, personas)
         raise RoutingError(f"{where}: a row is for {stranger!r}, who is no persona of it.{hint}")
     column = _codes(lines["expert"], experts)
     order = np.lexsort((column, row))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-from raymerge.errors import RoutingError
+from raymerge.errors import RoutingError, unknown
 
 
 def _count(value: Any) -> bool:
@@ -50,7 +49,4 @@ def resolve(strategy: str, defaults: Mapping[str, Any], given: Mapping[str, Any]
 
 def refuse(where: str, what: str, name: str, allowed: Iterable[str]) -> NoReturn:
     """Raise RoutingError for an unknown name, with the nearest and all allowed ones."""
-    allowed = sorted(allowed)
-    close = difflib.get_close_matches(name, allowed, n=1)
-    hint = f" Did you mean {close[0]}?" if close else ""
-    raise RoutingError(f"{where}: unknown {what} {name!r}.{hint}\nAllowed: {', '.join(allowed) or 'none'}.")
+    raise RoutingError(f"{where}: {unknown(what, name, allowed)}")

@@ -7,7 +7,6 @@ a repeated row is written as a reference to the first persona that has it.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raymerge import storage
-from raymerge.errors import RoutingError
+from raymerge.errors import RoutingError, did_you_mean
 from raymerge.routing.lines import Row, Rows, from_lines, read_lines, to_lines
 
 MOST_LINES = 2_000_000
@@ -102,6 +101,13 @@ class RoutingTable:
                 raise RoutingError(f"{where}: two different rows are called {name!r}.\nExpected one row for a name.")
         return cls(tuple(personas), *_used(rows))
 
+    def with_base(self, personas: Iterable[str]) -> RoutingTable:
+        """The same with more personas, who get the base. Raises RoutingError for one who is there already."""
+        names = unique_names([*self.personas, *personas], "persona")
+        nothing = Row(np.zeros(0, dtype=np.int32), np.zeros(0))
+        row_of = [self.row_of[self._position[name]] if name in self._position else len(self.rows) for name in names]
+        return RoutingTable(names, self.experts, (*self.rows, nothing), np.array(row_of, dtype=np.int32))
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RoutingTable) and bool(self.to_arrow().equals(other.to_arrow()))
 
@@ -117,8 +123,7 @@ class RoutingTable:
         Raises RoutingError for an unknown persona.
         """
         if persona not in self._position:
-            close = difflib.get_close_matches(persona, self.personas, n=1)
-            hint = f" Did you mean {close[0]}?" if close else ""
+            hint = did_you_mean(persona, self.personas)
             raise RoutingError(f"routing table: there is no persona {persona!r}.{hint}")
         row = self.rows[int(self.row_of[self._position[persona]])]
         return {self.experts[i]: float(w) for i, w in zip(row.experts, row.weights, strict=True)}

@@ -304,17 +304,6 @@ def test_centring_is_frozen_where_a_mean_is_given():
     assert any(refitted.row(n) != pytest.approx(whole.row(n), abs=1e-5) for n in part.personas)
 
 
-def test_experts_may_lie_elsewhere_than_their_persona():
-    names = ["a", "b"]
-    elsewhere = make_embeddings(["x", "y", "z"], np.array([[1.0, 0], [0, 1], [1, 1]]))
-    inputs = RoutingInputs(names, ["x", "y"], make_embeddings(names, np.eye(2)), elsewhere)
-    table, _ = route("top_k", {"k": 1, "centred": False}, inputs)
-    assert [table.row(n) for n in names] == [{"x": 1.0}, {"y": 1.0}]
-    assert table.to_arrow()["similarity"].to_pylist() == [1.0, 1.0]
-    table, notes = route("top_k", {"k": 1, "centred": False}, replace(inputs, experts=["x", "w"]))
-    assert notes == ("w: has no embedding and contributes to nobody (1 such experts)",)
-
-
 def test_ties_go_to_the_first_name():
     names = list("abcd")
     inputs = RoutingInputs(names, names, make_embeddings(names, np.ones((4, 3))))

@@ -77,7 +77,7 @@ def peak_of_workers(process: subprocess.Popen[bytes], stop_s: float) -> tuple[fl
             raise SystemExit(f"not done after {stop_s} s")
         for child in root.children(recursive=True):
             try:
-                if "Worker" in "".join(child.cmdline()[:1]):
+                if "".join(child.cmdline()[:1]).startswith("ray::Host"):
                     peak = max(peak, child.memory_info().rss)
             except psutil.Error:
                 continue

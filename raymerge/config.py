@@ -113,13 +113,13 @@ class Hardware(Section):
 
     gpus_per_model: float | Literal["auto"] = "auto"  # auto: one where the Ray cluster has any
     cpus_per_model: float = Field(default=1, gt=0)
-    gpus_per_merge: float = Field(default=0, ge=0)
     cpus_per_merge: float = Field(default=1, gt=0)
     max_model_workers: int | None = Field(default=None, ge=1)
     max_merge_workers: int | None = Field(default=None, ge=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     expert_cache: str = "256MiB"
-    ready_deadline: float = Field(default=600, gt=0)
+    ready_deadline: float = Field(default=600, gt=0)  # seconds; with autoscaling it holds the start of a machine too
+    autoscaling: bool = False  # machines are added as workers ask for them: give gpus_per_model and max_*_workers
     max_attempts: int = Field(default=3, ge=1)
 
     @field_validator("expert_cache")

@@ -1,5 +1,6 @@
 """The files beside the code: what they claim must be so."""
 
+import functools
 import re
 import tomllib
 from pathlib import Path
@@ -63,6 +64,37 @@ def test_every_file_of_the_package_is_in_its_wheel():
     there = {p for p in package.rglob("*") if p.is_file() and p.suffix != ".py" and "__pycache__" not in p.parts}
     assert there - carried == set()
     assert package / "world/topics.txt" in carried
+
+
+def test_the_token_reaches_every_machine_of_cluster_yaml_before_ray_starts():
+    config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+    for page in ("cluster.yaml", "README.md"):
+        text = (ROOT / page).read_text()
+        assert 0 < text.index("ray get-auth-token --generate") < text.index("ray up cluster.yaml")
+
+
+def test_the_machines_of_cluster_yaml_hold_the_workers_it_tells_to_ask_for(tmp_path, monkeypatch):
+    """What Ray's autoscaler would start for them, from a head that takes no work."""
+    pytest.importorskip("ray")
+    from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer, get_nodes_for
+    from ray.autoscaler._private.util import prepare_config
+
+    from raymerge.pipelines.job import worker_kinds
+    from raymerge.runtime.kinds import plan_autoscaling
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    told = re.search(r"hardware: (\{.*\})", (ROOT / "cluster.yaml").read_text())[1]
+    assert f"`hardware: {told}`" in (ROOT / "README.md").read_text()
+    (tmp_path / "p.yaml").write_text(f"base_model: base\nhardware: {told}\n")
+    plan = plan_autoscaling(worker_kinds(load_project(str(tmp_path / "p.yaml")), "base"))
+    assert plan.counts == {"merge": 16, "model": 8}
+    asked = [{"CPU": n.cpus, "GPU": n.gpus} for kind, n in plan.needs.items() for _ in range(plan.counts[kind])]
+    config = prepare_config(yaml.safe_load((ROOT / "cluster.yaml").read_text()))
+    types, head = config["available_node_types"], config["head_node_type"]
+    score = functools.partial(_default_utilization_scorer, node_availability_summary=None)
+    started, left = get_nodes_for(types, {head: 1}, head, config["max_workers"], asked, score)
+    assert (started, left) == ({"gpu_worker": 8}, [])
 
 
 @pytest.mark.parametrize("job", sorted((ROOT / "jobs").glob("*.py")), ids=lambda job: job.name)

@@ -19,6 +19,13 @@ def remarks(
     warnings = [_missing(name, personas) for name, personas in aligned.missing.items()]
     if aligned.missing:
         warnings.append(f"All rows stand on the {len(aligned.personas)} personas that every run answered in full.")
+    if aligned.differing is not None:
+        sides = " against others than ".join(", ".join(side) for side in aligned.by_references)
+        persona, example = aligned.differing
+        warnings.append(
+            f"The examples have changed between evaluations, so these rows cannot be compared: {sides} "
+            f"(first difference: {persona}, example {example}). Evaluate all of them again."
+        )
     names = [run.name for run in runs]
     if reference not in names:
         warnings.append(

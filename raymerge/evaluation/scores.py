@@ -69,6 +69,8 @@ class Aligned:
 
     personas: names (P,), sorted. person: index of the persona of each example (E,). example: its number (E,).
     metrics: name -> float64 (runs, E), NaN where unknown. missing: run -> personas it lacks, or has incompletely.
+    by_references: names of runs that were scored against the same reference answers, one tuple where all of them were;
+    runs whose answers were not kept stand in none. differing: an example where the references differ, if they do.
     """
 
     personas: tuple[str, ...]
@@ -76,6 +78,8 @@ class Aligned:
     example: NDArray[np.int64]
     metrics: Mapping[str, NDArray[np.float64]]
     missing: Mapping[str, tuple[str, ...]]
+    by_references: tuple[tuple[str, ...], ...] = ()
+    differing: tuple[str, int] | None = None
 
     def persona_means(self, metric: str) -> NDArray[np.float64]:
         """Mean over a persona's examples, those with a figure: (runs, P). NaN where a persona has none."""
@@ -139,7 +143,10 @@ def align(runs: Sequence[RunScores]) -> Aligned:
         for metric in ("similarity", "chrf", "nll", "exact")
     }
     person = np.searchsorted(common, kept // width)
-    return Aligned(tuple(names[i] for i in common), person, kept % width, metrics, missing)
+    by_references, odd = _same_references(runs, place, width, kept)
+    differing = None if odd is None else (names[kept[odd] // width], int(kept[odd] % width))
+    personas = tuple(names[i] for i in common)
+    return Aligned(personas, person, kept % width, metrics, missing, by_references, differing)
 
 
 @dataclass(frozen=True)
@@ -184,6 +191,35 @@ def _figures(table: pa.Table, metric: str) -> NDArray[np.float64]:
 def _pick(values: NDArray[np.float64], keys: NDArray[np.int64], kept: NDArray[np.int64]) -> NDArray[np.float64]:
     order = np.argsort(keys, kind="stable")
     return values[order[np.searchsorted(keys[order], kept)]]
+
+
+def _same_references(
+    runs: Sequence[RunScores], place: Mapping[str, int], width: int, kept: NDArray[np.int64]
+) -> tuple[tuple[tuple[str, ...], ...], int | None]:
+    """Runs grouped by their reference answers to the examples kept, and the first example where two groups differ."""
+    groups: list[tuple[pa.ChunkedArray, list[str]]] = []
+    for run in runs:
+        if run.generations is None or "reference" not in run.generations.column_names:
+            continue
+        table = run.generations
+        persona = np.array([place.get(name, -1) for name in table["persona"].to_pylist()], dtype=np.int64)
+        keys = persona * width + table["example"].to_numpy()
+        order = np.argsort(keys, kind="stable")
+        at = np.minimum(np.searchsorted(keys[order], kept), max(0, len(keys) - 1))
+        if not len(keys) or (keys[order][at] != kept).any():
+            continue  # answers to some of the examples alone
+        references = table["reference"].take(pa.array(order[at]))
+        for those, names in groups:
+            if references.equals(those):
+                names.append(run.name)
+                break
+        else:
+            groups.append((references, [run.name]))
+    found = tuple(tuple(names) for _, names in groups)
+    if len(groups) < 2:
+        return found, None
+    pairs = zip(groups[0][0].to_pylist(), groups[1][0].to_pylist(), strict=True)
+    return found, next(i for i, (one, other) in enumerate(pairs) if one != other)
 
 
 def _refuse_double_names(runs: Sequence[RunScores]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from raymerge.evaluation.comparison import Comparison
 from raymerge.evaluation.comparison import compare as compare_scores
 from raymerge.evaluation.scores import Costs, RunScores
 from raymerge.manifest import read_manifest
-from raymerge.pipelines.job import read_timings
+from raymerge.pipelines.job import Timing, read_timings
 
 NOT_RUNS = ("_shared", "plots")
 
@@ -87,7 +87,8 @@ def read_scores(project: Project, name: str) -> RunScores:
     summary = storage.read_json(storage.join(evaluation, "summary.json"))
     failed = summary["failed"]
     notes = tuple(f"{persona}: {why}" for persona, why in failed.items())
-    manifests = [read_manifest(where) for where in _adapter_folders(project, folder)]
+    adapters = _assigned(project, folder)
+    manifests = [read_manifest(where) for where in adapters.values()]
     merged = [m for m in manifests if m is not None and "experts" in m]
     return RunScores(
         name=name,
@@ -95,7 +96,7 @@ def read_scores(project: Project, name: str) -> RunScores:
         metrics=storage.read_parquet(storage.join(evaluation, "metrics.parquet")),
         generations=storage.read_parquet(storage.join(evaluation, "generations.parquet")),
         routing=storage.read_parquet(storage.join(folder, "routing.parquet")),
-        costs=_costs(project, folder, manifests),
+        costs=_costs(project, name, adapters, manifests),
         compression_error=_mean([float(m["error"]) for m in merged]),
         validation_similarity=_validated(folder),
         notes=notes,
@@ -108,29 +109,46 @@ def _validated(folder: str) -> float | None:
     return 100 * float(storage.read_json(location)["mean"]["similarity"]) if storage.exists(location) else None
 
 
-def _adapter_folders(project: Project, folder: str) -> list[str]:
-    assigned = storage.read_parquet(storage.join(folder, "assignments.parquet")).column("location").to_pylist()
-    return [project.path(place) for place in sorted({p for p in assigned if p is not None})]
+def _assigned(project: Project, folder: str) -> dict[str, str]:
+    """The adapters of a run, by name: where each lies."""
+    table = storage.read_parquet(storage.join(folder, "assignments.parquet"))
+    pairs = zip(table.column("adapter").to_pylist(), table.column("location").to_pylist(), strict=True)
+    return {name: project.path(place) for name, place in sorted({(n, p) for n, p in pairs if p is not None})}
 
 
-def _costs(project: Project, folder: str, manifests: Sequence[Any]) -> Costs:
+def _costs(project: Project, name: str, adapters: Mapping[str, str], manifests: Sequence[Any]) -> Costs:
+    """What a run took, as far as all of it is known: a part of the seconds would be taken for the whole."""
+    folder = project.run_folder(name)
     own = read_timings(folder)
-    training = {k: v for k, v in read_timings(project.shared_folder()).items() if k.startswith("train/")}
-    groupings = _groupings(folder)
-    used = sum(s for item, s in training.items() if any(item.startswith(f"train/{g}") for g in groupings))
+    merges = [f"merge/{name}/{a}" for a, place in adapters.items() if place.startswith(storage.join(folder, ""))]
+    parts = storage.list_folders(storage.join(folder, "evaluation", "parts"))
     known = [m for m in manifests if m is not None]
     return Costs(
-        train_s=used if training and groupings else 0.0 if not groupings else None,
-        merge_s=sum(s for item, s in own.items() if item.startswith("merge/")),
-        evaluate_s=sum(s for item, s in own.items() if item.startswith(("evaluate/", "gather/"))),
-        bytes=sum(entry["bytes"] for m in known for entry in m["files"].values()) if known else 0,
+        train_s=_trained(project, folder),
+        merge_s=_sum(own, merges),
+        evaluate_s=_sum(own, [*(f"evaluate/{name}/{part}" for part in parts), f"gather/{name}/evaluation"]),
+        bytes=_bytes(known) if len(known) == len(manifests) else None,
         adapters=len(manifests),
     )
 
 
-def _groupings(folder: str) -> set[str]:
-    experts = storage.read_parquet(storage.join(folder, "routing.parquet")).column("expert").unique().to_pylist()
-    return {"unified" if e == "unified" else "cluster" if e.startswith("cluster_") else "persona" for e in experts if e}
+def _sum(timings: Mapping[str, Timing], items: Sequence[str]) -> float | None:
+    return sum(timings[item].seconds for item in items) if all(item in timings for item in items) else None
+
+
+def _bytes(manifests: Sequence[Any]) -> int:
+    return sum(entry["bytes"] for m in manifests for entry in m["files"].values())
+
+
+def _trained(project: Project, folder: str) -> float | None:
+    """Seconds of training the groupings a run's experts belong to; None if an expert's own are not noted."""
+    table = storage.read_parquet(storage.join(folder, "routing.parquet"))
+    experts = {expert for expert in table.column("expert").unique().to_pylist() if expert}
+    groupings = {"unified" if e == "unified" else "cluster" if e.startswith("cluster_") else "persona" for e in experts}
+    shared = read_timings(project.shared_folder())
+    used = [t for item, t in shared.items() if any(item.startswith(f"train/{g}") for g in groupings)]
+    made = {name for timing in used for name in timing.adapters}
+    return sum(timing.seconds for timing in used) if experts <= made else None
 
 
 def _clusters(project: Project) -> dict[str, str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +16,10 @@ from raymerge.pipelines.opening import Opened
 from raymerge.runtime.pool import WorkerKind, run_local, run_on_ray
 from raymerge.runtime.progress import Progress
 from raymerge.runtime.scheduler import Item, Outcome
+from raymerge.runtime.tasks import EmbedTask, SketchTask, TrainTask
 from raymerge.runtime.workers import MergeWorker, ModelWorker
+
+FLUSH_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -33,25 +38,39 @@ class JobResult:
 
 
 def worker_kinds(project: Project, base_model: str | None) -> list[WorkerKind]:
-    """The workers a project asks for."""
+    """The workers a project can have. Without a base model one still embeds texts."""
     hardware = project.hardware
     merge = WorkerKind(
         "merge", MergeWorker, {"expert_cache": hardware.expert_cache}, count=hardware.max_merge_workers,
-        num_cpus=hardware.cpus_per_merge, num_gpus=hardware.gpus_per_merge,
+        num_cpus=hardware.cpus_per_merge,
     )  # fmt: skip
-    if base_model is None:
-        return [merge]
     arguments = {
-        "base_model": base_model,
-        "name": project.base_model,
+        "base_model": base_model or "",
+        "name": project.base_model or "",
         "dtype": hardware.dtype,
         "expert_cache": hardware.expert_cache,
     }
     model = WorkerKind(
         "model", ModelWorker, arguments, count=hardware.max_model_workers,
-        num_cpus=hardware.cpus_per_model, num_gpus=hardware.gpus_per_model,
+        num_cpus=hardware.cpus_per_model, num_gpus=hardware.gpus_per_model, device_argument="device",
     )  # fmt: skip
     return [merge, model]
+
+
+def kinds_used(opened: Opened, items: Iterable[Item]) -> set[str]:
+    """The kinds of worker that a job's first items need, and those that may follow on its embeddings.
+
+    A kind that nothing is dealt to would take its share of the machines all the same, or be refused where it does not
+    fit. Only merges follow where there are no examples to train and to score on.
+    """
+    items = list(items)
+    used = {item.kind for item in items}
+    if any(isinstance(item.payload, EmbedTask | SketchTask) for item in items):
+        if opened.recipes:
+            used.add("merge")
+        if opened.personas is not None and opened.project.base_model is not None:
+            used.add("model")
+    return used
 
 
 def carry_out(
@@ -63,14 +82,29 @@ def carry_out(
     title: str,
 ) -> JobResult:
     """Run items to the end. Each settled item is noted in the timings of its run."""
+    if not items:
+        return JobResult(0, 0)
     hardware: Hardware = opened.project.hardware
-    kinds = worker_kinds(opened.project, _base(opened))
+    used = kinds_used(opened, items)
+    kinds = [kind for kind in worker_kinds(opened.project, _base(opened)) if kind.name in used]
+    timings = Timings(opened.project, items)
+
+    def settled(outcome: Outcome) -> Sequence[Item]:
+        timings.note(outcome)
+        new = follow(outcome) if follow is not None else ()
+        timings.expect(new)
+        return new
+
     runner = run_local if local else run_on_ray
-    options: dict[str, Any] = {} if local else {"ready_deadline_s": hardware.ready_deadline}
-    outcomes = runner(
-        items, kinds, follow=follow, progress=Progress(title), max_attempts=hardware.max_attempts, **options
+    options: dict[str, Any] = (
+        {} if local else {"ready_deadline_s": hardware.ready_deadline, "autoscaling": hardware.autoscaling}
     )
-    write_timings(opened.project, outcomes)
+    try:
+        outcomes = runner(
+            items, kinds, follow=settled, progress=Progress(title), max_attempts=hardware.max_attempts, **options
+        )
+    finally:
+        timings.flush()
     return summarise(outcomes)
 
 
@@ -107,26 +141,64 @@ def finish(result: JobResult, most: int = 20) -> int:
     return result.exit_status
 
 
-def write_timings(project: Project, outcomes: Iterable[Outcome]) -> None:
-    """Append times and hosts to `timings.jsonl` of the run an item belongs to. Never part of a compared file."""
-    lines: dict[str, list[str]] = {}
-    for outcome in outcomes:
-        if outcome.error is not None or (outcome.result or {}).get("skipped"):
-            continue
-        step, _, rest = outcome.item_id.partition("/")
-        in_run = step in ("merge", "evaluate", "validate", "gather")
-        folder = project.run_folder(rest.split("/")[0]) if in_run else project.shared_folder()
-        record = {"item": outcome.item_id, "seconds": round(outcome.seconds, 3), "host": outcome.host}
-        lines.setdefault(storage.join(folder, "timings.jsonl"), []).append(json.dumps(record, sort_keys=True))
-    for location, new in lines.items():
-        before = storage.read_bytes(location).decode() if storage.exists(location) else ""
-        storage.write_bytes(location, (before + "\n".join(new) + "\n").encode())
+class Timings:
+    """Times and hosts of items, in `timings.jsonl` of the run an item belongs to. Never part of a compared file.
+
+    Written every few seconds, so that a job that is killed loses the last of them alone. Of a training the names of its
+    adapters are noted too: so one can tell whether the time of an adapter is among those noted.
+    """
+
+    def __init__(self, project: Project, items: Iterable[Item] = (), every_s: float = FLUSH_S) -> None:
+        self._project = project
+        self._every_s = every_s
+        self._written = time.monotonic()
+        self._adapters: dict[str, list[str]] = {}
+        self._lines: dict[str, list[str]] = {}
+        self.expect(items)
+
+    def expect(self, items: Iterable[Item]) -> None:
+        """Remember of items to come what their outcomes do not tell."""
+        for item in items:
+            if isinstance(item.payload, TrainTask):
+                self._adapters[item.id] = [group.name for group in item.payload.groups]
+
+    def note(self, outcome: Outcome) -> None:
+        """Note an item that was really done."""
+        if outcome.error is None and not (outcome.result or {}).get("skipped"):
+            step, _, rest = outcome.item_id.partition("/")
+            in_run = step in ("merge", "evaluate", "validate", "gather")
+            folder = self._project.run_folder(rest.split("/")[0]) if in_run else self._project.shared_folder()
+            record: dict[str, Any] = {"item": outcome.item_id, "seconds": round(outcome.seconds, 3)}
+            record["host"] = outcome.host
+            if outcome.item_id in self._adapters:
+                record["adapters"] = self._adapters[outcome.item_id]
+            line = json.dumps(record, sort_keys=True)
+            self._lines.setdefault(storage.join(folder, "timings.jsonl"), []).append(line)
+        if time.monotonic() - self._written >= self._every_s:
+            with suppress(OSError):  # times are worth no job: what could not be written is tried again with the next
+                self.flush()
+
+    def flush(self) -> None:
+        """Write what was noted and is not written yet."""
+        self._written = time.monotonic()
+        for location in list(self._lines):
+            before = storage.read_bytes(location).decode() if storage.exists(location) else ""
+            storage.write_bytes(location, (before + "\n".join(self._lines[location]) + "\n").encode())
+            del self._lines[location]
 
 
-def read_timings(folder: str) -> dict[str, float]:
-    """Seconds of each item of a folder, the last time it was really done."""
+@dataclass(frozen=True)
+class Timing:
+    """Seconds an item took the last time it was really done, and the adapters it trained."""
+
+    seconds: float
+    adapters: tuple[str, ...] = ()
+
+
+def read_timings(folder: str) -> dict[str, Timing]:
+    """What is noted of each item of a folder."""
     location = storage.join(folder, "timings.jsonl")
     if not storage.exists(location):
         return {}
     records = [json.loads(line) for line in storage.read_bytes(location).decode().splitlines()]
-    return {record["item"]: float(record["seconds"]) for record in records}
+    return {r["item"]: Timing(float(r["seconds"]), tuple(r.get("adapters", ()))) for r in records}

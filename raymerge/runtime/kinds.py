@@ -20,6 +20,8 @@ class WorkerKind:
     many as fit. num_cpus, num_gpus: what one takes of the Ray cluster, fractions allowed; num_gpus "auto" is 1 where
     any machine has a GPU, else 0. threads: of its computations; None is num_cpus, at least 1. Kinds that take turns
     may reserve half a CPU each and compute with one thread: then either keeps all cores busy when the other is idle.
+    device_argument: the argument of the factory that says where to compute. It is told what the plan reserves, since a
+    worker without a GPU of its own may well see those of others.
     """
 
     name: str
@@ -29,11 +31,19 @@ class WorkerKind:
     num_cpus: float = 1
     num_gpus: float | Literal["auto"] = 0
     threads: int | None = None
+    device_argument: str | None = None
 
     @property
     def thread_count(self) -> int:
         """Threads of a worker's computations."""
         return self.threads if self.threads is not None else max(1, int(self.num_cpus))
+
+    def arguments_on(self, gpus: float | Literal["auto"]) -> dict[str, Any]:
+        """The factory's arguments for a worker with `gpus`: on cuda with any, on cpu with none, else auto."""
+        if self.device_argument is None:
+            return dict(self.arguments)
+        device = "auto" if gpus == "auto" else "cuda" if gpus > 0 else "cpu"
+        return {**self.arguments, self.device_argument: device}
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,22 @@ def plan_workers(kinds: Sequence[WorkerKind], nodes: Sequence[Resources]) -> Wor
     return WorkerPlan(counts, needs, notes)
 
 
+def plan_autoscaling(kinds: Sequence[WorkerKind]) -> WorkerPlan:
+    """Every worker that is counted, for a Ray cluster that grows with what is asked of it.
+
+    Raises PoolError for a kind that is not counted, or takes GPUs by what is there: what is there says nothing yet.
+    """
+    for kind in kinds:
+        if kind.count is None or kind.num_gpus == "auto":
+            key = f"max_{kind.name}_workers" if kind.count is None else f"gpus_per_{kind.name}"
+            raise PoolError(
+                f"workers of kind {kind.name}: how much an autoscaling Ray cluster grows must be said\n"
+                f"Give hardware.{key} as a number in the project file."
+            )
+    counts = {kind.name: kind.count or 1 for kind in kinds}
+    return WorkerPlan(counts, {kind.name: _needs(kind, has_gpu=False) for kind in kinds}, ())
+
+
 def _needs(kind: WorkerKind, has_gpu: bool) -> Needs:
     gpus = (1.0 if has_gpu else 0.0) if kind.num_gpus == "auto" else float(kind.num_gpus)
     needs = Needs(float(kind.num_cpus), gpus)
@@ -116,7 +142,8 @@ def _too_small(name: str, needs: Mapping[str, Needs], nodes: Sequence[Resources]
         f"workers of kind {name}: not even one fits on the Ray cluster\n"
         f"Asked for: {asked}, one of each at least, each on one machine.\n"
         f"There is, machine by machine: {there}.\n"
-        "Lower what a worker takes under `hardware` in the project file, add machines, or run with --local."
+        "Lower what a worker takes under `hardware` in the project file, add machines, or run with --local.\n"
+        "Where machines are added as they are asked for, set hardware.autoscaling."
     )
 
 

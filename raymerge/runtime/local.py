@@ -91,7 +91,8 @@ def answered(submit: Submit, answer: Answer) -> Event:
 
 
 def _start(name: str, kind: WorkerKind) -> tuple[Host, Event]:
-    host = Host(kind.factory, kind.arguments, kind.thread_count)
+    # "auto" where a GPU is asked for, since this machine need not have one.
+    host = Host(kind.factory, kind.arguments_on(0 if kind.num_gpus == 0 else "auto"), kind.thread_count)
     error = host.ready().error
     return host, WorkerReady(name) if error is None else WorkerFailed(name, error)
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from raymerge.errors import PoolError
 from raymerge.runtime.connection import connected
 from raymerge.runtime.events import (
     Event,
@@ -27,7 +26,7 @@ from raymerge.runtime.events import (
     WorkerReady,
 )
 from raymerge.runtime.host import THREAD_VARIABLES, Host, describe
-from raymerge.runtime.kinds import Needs, WorkerKind, WorkerPlan, plan_workers
+from raymerge.runtime.kinds import WorkerKind, WorkerPlan, plan_autoscaling, plan_workers
 from raymerge.runtime.local import Follow, answered, attend, run_local
 from raymerge.runtime.progress import Progress
 from raymerge.runtime.scheduler import Scheduler, first_line
@@ -58,7 +57,7 @@ def run_on_ray(
     """
     with connected() as ray, progress or Progress("", quiet=True) as shown:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        plan = plan_autoscaling(kinds, nodes) if autoscaling else plan_workers(kinds, nodes)
+        plan = plan_autoscaling(kinds) if autoscaling else plan_workers(kinds, nodes)
         for note in plan.notes:
             shown.say(note)
         scheduler = Scheduler(plan.counts, max_attempts=max_attempts)
@@ -81,22 +80,6 @@ def run_on_ray(
         finally:
             workers.kill_all()
     return scheduler.outcomes()
-
-
-def plan_autoscaling(kinds: Sequence[WorkerKind], nodes: Sequence[dict[str, float]]) -> WorkerPlan:
-    """Every worker that is counted, for a Ray cluster that grows with what is asked of it.
-
-    Raises PoolError for a kind that is not counted, or takes GPUs by what is there: what is there says nothing yet.
-    """
-    for kind in kinds:
-        if kind.count is None or kind.num_gpus == "auto":
-            raise PoolError(
-                f"worker kind {kind.name}: an autoscaling Ray cluster must be told how many, and how many GPUs\n"
-                "Give both as numbers under `hardware` in the project file."
-            )
-    counts = {kind.name: kind.count or 1 for kind in kinds}
-    needs = {kind.name: Needs(float(kind.num_cpus), float(kind.num_gpus)) for kind in kinds}
-    return WorkerPlan(counts, needs, ())
 
 
 @dataclass(frozen=True)
@@ -139,7 +122,7 @@ class Workers:
         handle = self._remote_host.options(
             num_cpus=needs.cpus, num_gpus=needs.gpus, max_restarts=0, max_task_retries=0,
             runtime_env={"env_vars": threads},
-        ).remote(asked.factory, asked.arguments, asked.thread_count)  # fmt: skip
+        ).remote(asked.factory, asked.arguments_on(needs.gpus), asked.thread_count)  # fmt: skip
         actor = _Actor(handle, kind, deadline=time.monotonic() + self._ready_deadline_s)
         actor.calls.append(_Call(handle.ready.remote(), None))
         self._actors[name] = actor

@@ -199,3 +199,41 @@ def test_runs_without_a_persona_in_common_are_refused() -> None:
     second = run("b", recipe("b", "soft"), np.ones((1, 2)), personas=["x"])
     with pytest.raises(EvaluationError, match="no persona in common"):
         align([first, second])
+
+
+def reworded(run: RunScores, row: int) -> RunScores:
+    said = run.generations["reference"].to_pylist()
+    said[row] = "another answer"
+    place = run.generations.schema.get_field_index("reference")
+    return dataclasses.replace(run, generations=run.generations.set_column(place, "reference", pa.array(said)))
+
+
+def test_rows_scored_against_other_references_are_told(world) -> None:
+    runs, _ = world
+    assert align(runs).differing is None
+    assert not any("Evaluate all of them again" in warning for warning in compare(runs).warnings)
+    changed = [reworded(runs[0], 5), *runs[1:]]
+    aligned = align(changed)
+    assert aligned.by_references == (("base",), tuple(run.name for run in runs[1:]))
+    assert aligned.differing == ("persona_001", 2)
+    [warning] = [w for w in compare(changed).warnings if "Evaluate all of them again" in w]
+    assert "persona_001, example 2" in warning
+    assert "base against others than" in warning or "against others than base" in warning
+
+
+def test_references_of_examples_that_do_not_count_change_nothing(world) -> None:
+    runs, _ = world
+    fewer = dataclasses.replace(
+        reworded(runs[0], 5), metrics=runs[0].metrics.filter(np.array(runs[0].metrics["persona"]) != "persona_001")
+    )
+    aligned = align([fewer, *runs[1:]])
+    assert aligned.differing is None
+    assert "persona_001" not in aligned.personas
+
+
+def test_references_are_compared_in_whatever_order_answers_were_kept(world) -> None:
+    runs, _ = world
+    turned = dataclasses.replace(runs[0], generations=runs[0].generations.take(list(range(71, -1, -1))))
+    assert align([turned, *runs[1:]]).differing is None
+    unkept = dataclasses.replace(runs[1], generations=None)
+    assert align([turned, unkept, *runs[2:]]).by_references == (tuple(r.name for r in runs if r.name != "own"),)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raymerge.errors import PoolError
-from raymerge.runtime.kinds import WorkerKind, plan_workers
+from raymerge.runtime.kinds import WorkerKind, plan_autoscaling, plan_workers
 
 
 def kind(name: str, cpus: float, gpus=0, count=None) -> WorkerKind:
@@ -79,3 +79,24 @@ def test_the_plan_never_takes_more_than_there_is_and_leaves_no_room_for_one_more
 @pytest.mark.parametrize(("cpus", "threads", "count"), [(0.5, None, 1), (1, None, 1), (3.5, None, 3), (0.5, 2, 2)])
 def test_threads_follow_the_cpus_unless_given(cpus, threads, count):
     assert WorkerKind("m", object, num_cpus=cpus, threads=threads).thread_count == count
+
+
+def test_an_autoscaling_cluster_is_asked_for_all_that_is_counted():
+    plan = plan_autoscaling([kind("merge", 1, count=16), kind("model", 2, 0.5, count=8)])
+    assert plan.counts == {"merge": 16, "model": 8}
+    assert (plan.needs["model"].cpus, plan.needs["model"].gpus) == (2, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("one", "key"), [(kind("merge", 1), "max_merge_workers"), (kind("model", 1, "auto", 2), "gpus_per_model")]
+)
+def test_what_an_autoscaling_cluster_must_be_told_is_named(one, key):
+    with pytest.raises(PoolError, match=rf"workers of kind {one.name}.*\nGive hardware\.{key} as a number"):
+        plan_autoscaling([one])
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(1, "cuda"), (0.25, "cuda"), (0, "cpu"), ("auto", "auto")])
+def test_a_worker_is_told_where_to_compute(gpus, device):
+    told = WorkerKind("m", object, {"base": "b"}, device_argument="device")
+    assert told.arguments_on(gpus) == {"base": "b", "device": device}
+    assert WorkerKind("m", object, {"base": "b"}).arguments_on(gpus) == {"base": "b"}

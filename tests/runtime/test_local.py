@@ -107,3 +107,18 @@ assert o.result == {"x": 1}
 assert "ray" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+class Placed:
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def where(self, _: object) -> dict[str, str]:
+        return {"device": self.device}
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), ("auto", "auto"), (1, "auto")])
+def test_a_worker_here_takes_a_gpu_unless_none_is_wanted(gpus, device):
+    kind = WorkerKind("m", Placed, num_gpus=gpus, device_argument="device")
+    [outcome] = run_local([Item("a", "m", "where", None)], [kind])
+    assert outcome.result == {"device": device}

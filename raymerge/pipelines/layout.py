@@ -10,7 +10,7 @@ import pyarrow as pa
 from raymerge import storage
 from raymerge.config import Project
 from raymerge.errors import RecipeError
-from raymerge.manifest import NAME
+from raymerge.manifest import is_unfinished, read_manifest
 from raymerge.pipelines.placing import Placed, write_if_new
 from raymerge.recipes import Recipe
 from raymerge.routing.table import RoutingTable
@@ -43,10 +43,10 @@ def write_run_files(
 
 
 def _remove_others(folder: str, wanted: Collection[str]) -> None:
-    """Remove adapters that raymerge made in a run's folder and that no row names any longer."""
+    """Remove adapters that were merged into a run's folder, or were to be, and that no row names any longer."""
     for name in storage.list_folders(folder):
         place = storage.join(folder, name)
-        if place not in wanted and storage.exists(storage.join(place, NAME)):
+        if place not in wanted and (is_unfinished(place) or "merges" in (read_manifest(place) or {})):
             storage.remove(place)
 
 

@@ -6,7 +6,6 @@ Unknown keys are refused with the allowed ones. A recipe is kept as written here
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from typing import Any, Literal
@@ -15,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from raymerge import storage
-from raymerge.errors import ProjectError
+from raymerge.errors import ProjectError, unknown
 
 Grouping = Literal["persona", "cluster", "unified"]
 GROUPINGS: tuple[Grouping, ...] = ("persona", "cluster", "unified")
@@ -231,9 +230,7 @@ def _explain(error: ValidationError) -> str:
         where = ".".join(str(p) for p in problem["loc"]) or "project"
         if problem["type"] == "extra_forbidden":
             allowed = _allowed_keys(problem["loc"][:-1])
-            close = difflib.get_close_matches(str(problem["loc"][-1]), allowed, n=1)
-            hint = f" Did you mean {close[0]}?" if close else ""
-            lines.append(f"unknown key `{where}`.{hint}\nAllowed: {', '.join(allowed)}.")
+            lines.append(unknown("key", str(problem["loc"][-1]), allowed, shown=f"`{where}`"))
         else:
             lines.append(f"`{where}`: {problem['msg'].removeprefix('Value error, ')}; found {problem['input']!r}.")
     return "\n".join(lines)

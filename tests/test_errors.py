@@ -20,3 +20,11 @@ def test_survives_pickling(kind):
 @pytest.mark.parametrize("kind", [c for c in CLASSES if c is not errors.RaymergeError])
 def test_is_also_a_built_in(kind):
     assert issubclass(kind, ValueError | OSError | RuntimeError)
+
+
+def test_an_unknown_name_is_refused_with_the_nearest_and_all_allowed():
+    assert (
+        errors.unknown("key", "rnk", ["scale", "rank"])
+        == "unknown key 'rnk'. Did you mean rank?\nAllowed: rank, scale."
+    )
+    assert errors.unknown("key", "zz", [], shown="`a.zz`") == "unknown key `a.zz`.\nAllowed: none."

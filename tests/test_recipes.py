@@ -1,9 +1,12 @@
 import json
 
 import pytest
+import torch
 
+from raymerge.adapters import LoraAdapter, LoraModule
 from raymerge.errors import RecipeError
-from raymerge.recipes import parse_recipe, parse_recipes
+from raymerge.merging.merge import merge
+from raymerge.recipes import DTYPES, parse_recipe, parse_recipes
 from raymerge.routing.strategies import STRATEGIES
 
 
@@ -49,6 +52,7 @@ def test_the_project_says_whether_embeddings_are_centred_unless_the_recipe_does(
         ({"strategy": "top_k", "method": "tiess"}, r"unknown method 'tiess'.*\nAllowed: linear"),
         ({"strategy": "top_k", "k": 0}, "k is 0"),
         ({"strategy": "top_k", "rank": 0}, "rank 0 is no rank"),
+        ({"strategy": "top_k", "dtype": "flaot"}, r"unknown dtype 'flaot'. Did you mean float"),
         ({"strategy": "top_k", "scale": "big"}, "scale is a number or match_norm"),
         ({"strategy": "top_k", "scale": float("nan")}, "scale is a number or match_norm"),
         ({"strategy": "random_k"}, "`of`|of is None"),
@@ -61,6 +65,15 @@ def test_the_project_says_whether_embeddings_are_centred_unless_the_recipe_does(
 def test_what_is_wrong_is_named(written, message):
     with pytest.raises(RecipeError, match=message):
         parse_recipe("x", written)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype_of_a_recipe_is_one_of_a_merge(dtype):
+    module = LoraModule(torch.ones(1, 2), torch.ones(3, 1), 1.0)
+    merged = merge(
+        [LoraAdapter("a", {"x": module})], [1.0], dtype=parse_recipe("x", {"strategy": "soft", "dtype": dtype}).dtype
+    )
+    assert merged.dtype == getattr(torch, dtype)
 
 
 def test_a_control_of_nothing_is_refused():

@@ -145,3 +145,14 @@ def test_three_plain_columns_are_enough(tmp_path):
     location = str(tmp_path / "r.parquet")
     pq.write_table(pa.table({"persona": ["b", "a"], "expert": ["x", "x"], "weight": [1, 2]}), location)
     assert RoutingTable.read(location).row("a") == {"x": 2.0}
+
+
+def test_more_personas_get_the_base(tmp_path):
+    table = RoutingTable.from_rows(["b", "d"], [("b", "x", 1.0), ("d", "y", 2.0)])
+    more = table.with_base(["c", "a"])
+    assert more.personas == ("a", "b", "c", "d")
+    assert [more.row(name) for name in more.personas] == [{}, {"x": 1.0}, {}, {"y": 2.0}]
+    more.write(str(tmp_path / "routing.parquet"))
+    assert RoutingTable.read(str(tmp_path / "routing.parquet")) == more
+    with pytest.raises(RoutingError, match="'b' is given twice"):
+        table.with_base(["b"])

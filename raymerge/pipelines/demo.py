@@ -43,6 +43,7 @@ def project_file(quick: bool, clusters: int) -> bytes:
         "soft": {"strategy": "soft", **neighbours},
         "hierarchical": {"strategy": "hierarchical", **neighbours},
         "random_k5": {"strategy": "random_k", "of": "sparse_moe_k5"},
+        "random_soft": {"strategy": "random_k", "of": "soft"},
         "random_cluster": {"strategy": "random_cluster", "of": "sparse_moe_k5"},
         "shuffled": {"strategy": "shuffled", "of": "sparse_moe_k5"},
         "oracle": {"strategy": "top_k", "k": 5, **neighbours, "embedding": "traits.parquet"},

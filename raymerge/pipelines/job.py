@@ -12,7 +12,7 @@ from typing import Any
 
 from raymerge import storage
 from raymerge.config import Hardware, Project
-from raymerge.pipelines.opening import Opened
+from raymerge.pipelines.opening import Opened, base_location
 from raymerge.runtime.pool import WorkerKind, run_local, run_on_ray
 from raymerge.runtime.progress import Progress
 from raymerge.runtime.scheduler import Item, Outcome
@@ -86,7 +86,7 @@ def carry_out(
         return JobResult(0, 0)
     hardware: Hardware = opened.project.hardware
     used = kinds_used(opened, items)
-    kinds = [kind for kind in worker_kinds(opened.project, _base(opened)) if kind.name in used]
+    kinds = [kind for kind in worker_kinds(opened.project, base_location(opened.project)) if kind.name in used]
     timings = Timings(opened.project, items)
 
     def settled(outcome: Outcome) -> Sequence[Item]:
@@ -106,11 +106,6 @@ def carry_out(
     finally:
         timings.flush()
     return summarise(outcomes)
-
-
-def _base(opened: Opened) -> str | None:
-    base = opened.project.base_model
-    return opened.project.path(base) if base is not None else None
 
 
 def summarise(outcomes: Iterable[Outcome]) -> JobResult:

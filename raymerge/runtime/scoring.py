@@ -87,9 +87,7 @@ def _score(
         "exact": pa.array(exact_match(answers, references), pa.bool_()),
     }
     texts = {"prompt": [e.prompt for e in rows], "reference": references, "generated": list(answers)}
-    columns = {
-        name: pa.array(values, pa.string()) for name, values in texts.items()
-    }
+    columns = {name: pa.array(values, pa.string()) for name, values in texts.items()}
     return {"metrics": pa.table({**where, **metrics}), "generations": pa.table({**where, **columns})}
 
 

@@ -55,6 +55,11 @@ def test_what_may_follow_on_embeddings_is_asked_for_too(project, adapters):
     assert kinds_used(alone, [deltas]) == {"merge"}
 
 
+def test_texts_are_embedded_without_a_base_model_too(adapters):
+    alone = open_project(write_project(adapters))
+    assert [kind.name for kind in worker_kinds(alone.project, None)] == ["merge", "model"]
+
+
 def test_nothing_to_do_starts_nothing(project, monkeypatch):
     monkeypatch.setattr(job, "run_on_ray", None)
     assert carry_out(open_project(project), [], title="nothing").exit_status == 0

@@ -75,7 +75,3 @@ class EvaluationError(RaymergeError, ValueError):
 
 class PoolError(RaymergeError, RuntimeError):
     """Workers that cannot be had: the Ray cluster lacks what was asked for."""
-
-
-class ItemError(RaymergeError, RuntimeError):
-    """An item of work that could not be done."""

@@ -124,7 +124,7 @@ def summarise(outcomes: Iterable[Outcome]) -> JobResult:
     return JobResult(done, skipped, failed)
 
 
-def finish(result: JobResult, most: int = 20) -> int:
+def finish(result: JobResult, most: int = 200) -> int:
     """Say what a job did and what failed, by name; returns its exit status."""
     for note in result.notes[:most]:
         print(f"note: {note}", file=sys.stderr)

@@ -70,8 +70,7 @@ def submit(head, *command):
 
 def test_jobs_run_by_submission(head, fresh_world, quick_demo):
     project = fresh_world / "raymerge.yaml"
-    for name in ("adapters",):
-        os.symlink(quick_demo / name, fresh_world / name)
+    os.symlink(quick_demo / "adapters", fresh_world / "adapters")
     merged = submit(head, "jobs/merge.py", project, "--recipe", "sparse_moe_k5")
     assert merged.returncode == 0, merged.stdout + merged.stderr
     made = sorted(p.parent.name for p in (fresh_world / "runs/sparse_moe_k5/adapters").glob("*/manifest.json"))
@@ -84,6 +83,12 @@ def test_jobs_run_by_submission(head, fresh_world, quick_demo):
     compared = submit(head, "jobs/compare.py", project)
     assert compared.returncode == 0, compared.stdout + compared.stderr
     assert (fresh_world / "runs/report.html").exists()
+    trained = submit(head, "jobs/train.py", project, "--group-by", "unified")
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    assert (fresh_world / "unified/manifest.json").read_bytes() == (quick_demo / "unified/manifest.json").read_bytes()
+    run = submit(head, "jobs/run.py", project, "--recipe", "base", "--recipe", "unified")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert (fresh_world / "runs/unified/evaluation/summary.json").exists()
     refused = submit(head, "jobs/merge.py", fresh_world / "absent.yaml")
     assert refused.returncode != 0
     assert "there is no such project file" in refused.stdout + refused.stderr

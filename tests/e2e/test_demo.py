@@ -131,3 +131,11 @@ def test_bad_input_is_refused_before_any_work(quick_demo, tmp_path, change, mess
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(folder.rglob("runs/*/adapters/*"))
+
+
+def test_where_neighbours_share_nothing_the_report_finds_no_gain(tmp_path):
+    done = raymerge("demo", "--quick", "--relatedness", "0", "--out", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    verdict = json.loads((tmp_path / "runs/comparison.json").read_text())["verdict"]
+    assert verdict["headline"].startswith("Merging neighbours gains nothing")
+    assert verdict["reference"]["low"] <= 0

@@ -106,7 +106,8 @@ def read_scores(project: Project, name: str) -> RunScores:
 def _validated(folder: str) -> float | None:
     """Mean similarity on validation examples, 0 to 100, where the run was scored on them."""
     location = storage.join(folder, "validation", "summary.json")
-    return 100 * float(storage.read_json(location)["mean"]["similarity"]) if storage.exists(location) else None
+    mean = storage.read_json(location)["mean"]["similarity"] if storage.exists(location) else None
+    return 100 * float(mean) if mean is not None else None  # none where nobody could answer
 
 
 def _assigned(project: Project, folder: str) -> dict[str, str]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from raymerge import storage
 from raymerge.errors import EvaluationError, RecipeError, RoutingError
+from raymerge.manifest import read_manifest
 from raymerge.pipelines.job import finish
 from raymerge.pipelines.opening import Opened, need_adapters, need_recipes, open_project
 from raymerge.pipelines.steps import Steps, run_steps
@@ -37,11 +38,18 @@ def evaluate(
     steps = Steps(merge=not recipes, evaluate=True, refit=refit)
     result = run_steps(opened, steps, local=local, title="evaluate")
     for name in opened.recipes if recipes else ():
-        folder = storage.join(opened.project.run_folder(name), "evaluation_in_memory")
-        summary = storage.read_json(storage.join(folder, "summary.json"))
+        _say_means(storage.join(opened.project.run_folder(name), "evaluation_in_memory"), name)
+    return finish(result)
+
+
+def _say_means(folder: str, name: str) -> None:
+    """Print a recipe's figures; nothing where it has none, since its failures speak for themselves."""
+    if read_manifest(folder) is None:
+        return
+    summary = storage.read_json(storage.join(folder, "summary.json"))
+    if summary["personas"]:
         mean = {metric: round(value, 4) for metric, value in summary["mean"].items()}
         print(f"{name}: {summary['personas']} personas, {summary['examples']} answers: {mean}")
-    return finish(result)
 
 
 def _merged_runs(opened: Opened, runs: Sequence[str]) -> Opened:

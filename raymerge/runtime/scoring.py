@@ -96,6 +96,7 @@ def gather(task: GatherTask) -> dict[str, Any]:
     key = storage.digest_value([content_digest(part) for part in task.parts])
     if is_complete(task.folder, key):
         return {"skipped": True}
+    invalidate(task.folder)
     failed: dict[str, str] = {}
     tables: dict[str, list[Any]] = {"metrics": [], "generations": []}
     for part in task.parts:

@@ -9,12 +9,15 @@ import yaml
 
 from raymerge import storage
 from raymerge.adapters import load_adapter, save_adapter
-from raymerge.errors import AdapterError, StorageError
+from raymerge.errors import AdapterError, EvaluationError, StorageError
 from raymerge.manifest import UNFINISHED
+from raymerge.pipelines.compare import compare
 from raymerge.pipelines.evaluate import evaluate
 from raymerge.pipelines.merge import merge
 from raymerge.runtime import experts
 from raymerge.runtime.experts import ExpertCache, adapter_digest
+from raymerge.runtime.scoring import gather
+from raymerge.runtime.tasks import GatherTask
 from tests.pipelines.conftest import make_adapter
 
 
@@ -105,3 +108,22 @@ def test_the_cache_holds_no_more_than_its_bytes(adapters):
     for name in ("p0", "p1", "p2", "p3"):
         cache.read(name, storage.join(str(adapters), "adapters", name))
         assert cache.held <= 2 * one
+
+
+def test_an_evaluation_whose_part_failed_is_not_compared_with_its_old_figures(project):
+    assert merge(project, recipes=["exact"], local=True) == 0
+    assert evaluate(project, runs=["exact"], local=True) == 0
+    evaluation = Path(project).parent / "runs/exact/evaluation"
+    parts = sorted(str(p) for p in (evaluation / "parts").iterdir())
+    (Path(parts[0]) / "manifest.json").write_text(json.dumps(UNFINISHED))
+    with pytest.raises(EvaluationError, match="cannot be summed up"):
+        gather(GatherTask(str(evaluation), tuple(parts)))
+    with pytest.raises(EvaluationError, match="no run has been evaluated"):
+        compare(project)
+
+
+def test_a_recipe_that_nobody_could_answer_with_is_named_and_no_crash(project, capsys):
+    for name in ("p0", "p1", "p2", "p3", "p4", "p5"):
+        cut_short(project, name)
+    assert evaluate(project, recipes=["exact"], local=True) == 1
+    assert "failed: evaluate/exact/0000/p0: " in capsys.readouterr().err

@@ -21,7 +21,7 @@ import pyarrow.json
 import pyarrow.parquet
 
 from raymerge import storage
-from raymerge.errors import PersonaError, ProjectError
+from raymerge.errors import PersonaError, ProjectError, did_you_mean
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -66,11 +66,8 @@ class Personas:
     def examples(self, persona: str, split: Split | None = None) -> tuple[Example, ...]:
         """A persona's examples, of one split or of all. Raises PersonaError for an unknown persona."""
         if persona not in self._ranges:
-            close = difflib.get_close_matches(persona, self.names, n=1)
-            raise PersonaError(
-                f"{self.location or 'personas'}: there is no persona {persona!r}."
-                + (f" Did you mean {close[0]}?" if close else "")
-            )
+            hint = did_you_mean(persona, self.names)
+            raise PersonaError(f"{self.location or 'personas'}: there is no persona {persona!r}.{hint}")
         start, end = self._ranges[persona]
         rows = self.table.slice(start, end - start).to_pylist()
         return tuple(Example(**row) for row in rows if split is None or row["split"] == split)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from raymerge import storage
 from raymerge.adapters.peft import CONFIG, AdapterHeader, open_adapter, read_adapter, read_header
-from raymerge.errors import AdapterError
+from raymerge.errors import AdapterError, did_you_mean
 
 if TYPE_CHECKING:
     from raymerge.adapters.adapter import LoraAdapter
@@ -50,8 +49,7 @@ class Catalogue:
     def location(self, name: str) -> str:
         """Where an adapter is. Raises AdapterError, with the nearest name there is, if there is none of that name."""
         if name not in self.locations:
-            near = difflib.get_close_matches(name, self.locations, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(name, self.locations)
             raise AdapterError(f"{name}: there is no such adapter among {len(self.locations)}.{hint}")
         return self.locations[name]
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import replace
 
 from raymerge import storage
-from raymerge.errors import EvaluationError, RecipeError, RoutingError
+from raymerge.errors import EvaluationError, RecipeError, RoutingError, did_you_mean
 from raymerge.manifest import read_manifest
 from raymerge.pipelines.job import finish
 from raymerge.pipelines.opening import Opened, need_adapters, need_recipes, open_project
@@ -62,11 +61,11 @@ def _merged_runs(opened: Opened, runs: Sequence[str]) -> Opened:
     merged = [n for n in storage.list_folders(output) if storage.exists(_record(opened, n))]
     missing = [name for name in runs if name not in merged]
     if missing or not merged:
-        close = difflib.get_close_matches(missing[0], merged, n=1) if missing else []
-        hint = f"Did you mean {close[0]}? " if close else ""
+        hints = [did_you_mean(missing[0], merged).strip()] if missing else []
+        found = " ".join([*filter(None, hints), f"Found: {', '.join(merged) or 'none'}."])
         raise EvaluationError(
             f"{output}: {f'run {missing[0]}' if missing else 'a run'} has not been merged.\n"
-            f"{hint}Found: {', '.join(merged) or 'none'}. `raymerge merge {opened.project.location}` makes them."
+            f"{found} `raymerge merge {opened.project.location}` makes them."
         )
     wanted = sorted(set(runs)) or merged
     return replace(opened, recipes={n: opened.recipes.get(n) or _recorded(opened, n) for n in wanted})

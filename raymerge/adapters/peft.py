@@ -6,16 +6,15 @@ A read adapter means exactly what PEFT would compute with it, or reading it fail
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from raymerge import manifest, storage
 from raymerge.adapters.peft_config import LoraSettings, check_config
-from raymerge.adapters.tensors import FLOATS, TensorFile, encode_tensors, open_tensors
+from raymerge.adapters.tensors import FLOATS, TensorFile, check_finite, encode_tensors, open_tensors
 from raymerge.errors import AdapterError, StorageError, UnsupportedAdapterError
 
 if TYPE_CHECKING:
@@ -184,27 +183,8 @@ def make_module(A: Tensor, B: Tensor, scaling: float, path: str, where: str) -> 
     from raymerge.adapters.adapter import LoraModule
 
     for letter, tensor in (("A", A), ("B", B)):
-        if not math.isfinite(float(tensor.sum(dtype=_accumulator(tensor)))):
-            _refuse_non_finite(tensor, f"{path}.lora_{letter}", where)
+        check_finite(tensor, f"{path}.lora_{letter}", where)
     return LoraModule(A, B, scaling)
-
-
-def _accumulator(tensor: Tensor) -> Any:
-    import torch
-
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def _refuse_non_finite(tensor: Tensor, key: str, where: str) -> None:
-    spoilt = int((~tensor.isfinite()).sum())
-    if spoilt == 0:  # finite values whose sum is not: nothing wrong with them
-        return
-    kind = "NaN" if bool(tensor.isnan().any()) else "Inf"
-    name = where.partition(":")[0]
-    raise AdapterError(
-        f"{where} holds {kind} in {key} ({spoilt} of {tensor.numel()} values).\n"
-        f"Merging it would spoil every persona it contributes to. Retrain it, or leave {name} out."
-    )
 
 
 def _adapter(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -114,6 +114,49 @@ def read_tensors(file: TensorFile, names: Sequence[str], where: str) -> list[Ten
     except OSError as error:
         raise AdapterError(f"{where} cannot be read.\n{error.strerror}.") from error
     return found
+
+
+def check_finite(tensor: Tensor, name: str, where: str) -> None:
+    """Raise AdapterError, naming the tensor, if it holds NaN or Inf. `where` names adapter and file."""
+    import torch
+
+    accumulator = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    if math.isfinite(float(tensor.sum(dtype=accumulator))):
+        return
+    spoilt = int((~tensor.isfinite()).sum())
+    if spoilt == 0:  # finite values whose sum is not: nothing wrong with them
+        return
+    kind = "NaN" if bool(tensor.isnan().any()) else "Inf"
+    raise AdapterError(
+        f"{where} holds {kind} in {name} ({spoilt} of {tensor.numel()} values).\n"
+        f"Merging it would spoil every persona it contributes to. Retrain it, or leave {where.partition(':')[0]} out."
+    )
+
+
+class StoredTensors(Mapping[str, "Tensor"]):
+    """Tensors that stay in their file. Each access reads one, checks that it is finite, and keeps none.
+
+    names: the file's name of each tensor by the name it has here. shapes: without reading.
+    """
+
+    def __init__(self, file: TensorFile, names: Mapping[str, str], where: str) -> None:
+        self._file, self._names, self._where = file, {name: names[name] for name in sorted(names)}, where
+        self.shapes = {name: file.tensors[key].shape for name, key in self._names.items()}
+        self.nbytes = sum(file.tensors[key].end - file.tensors[key].start for key in self._names.values())
+
+    def __getitem__(self, name: str) -> Tensor:
+        (tensor,) = read_tensors(self._file, [self._names[name]], self._where)
+        check_finite(tensor, name, self._where)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # Mapping would read the tensor to find out
 
 
 def _read_into(stream: Any, buffer: memoryview) -> int:

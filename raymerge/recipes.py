@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from raymerge.errors import RankError, RecipeError, RoutingError, unknown
+from raymerge.errors import MergeError, RankError, RecipeError, RoutingError, unknown
 from raymerge.merging.methods import METHODS
+from raymerge.merging.methods.parameters import plain
 from raymerge.merging.rank import parse_rank
 from raymerge.routing.strategies import STRATEGIES, needs_of, resolve_parameters
 
@@ -75,13 +76,13 @@ def parse_recipe(name: str, written: Mapping[str, Any], *, centred: bool = True)
     _known(where, "method", method, METHODS)
     strategy_parameters: dict[str, Any] = {}
     method_parameters: dict[str, Any] = {}
-    allowed = [*STRATEGIES[strategy].parameters, *METHODS[method].parameters, *KEYS]
+    allowed = [*STRATEGIES[strategy].parameters, *METHODS[method].defaults, *KEYS]
     for key, value in written.items():
         if key in STRATEGIES[strategy].parameters:
             strategy_parameters[key] = value
-        elif key in METHODS[method].parameters:
+        if key in METHODS[method].defaults:  # one seed may serve both
             method_parameters[key] = value
-        elif key not in KEYS:
+        if key not in allowed:
             _refuse(where, "parameter", key, allowed)
     reference = strategy in REFERENCES
     rank = written.get("rank", "keep" if reference else dict(DEFAULT_RANK))
@@ -94,13 +95,20 @@ def parse_recipe(name: str, written: Mapping[str, Any], *, centred: bool = True)
         strategy=strategy,
         strategy_parameters=_resolve(where, strategy, strategy_parameters, centred),
         method=method,
-        method_parameters={**METHODS[method].parameters, **method_parameters},
+        method_parameters=_method_parameters(where, method, method_parameters),
         scale=_scale(where, written.get("scale", 1.0 if reference else "match_norm")),
         rank=rank,
         anchor=str(written.get("anchor") or "none") if "anchor" in written else "auto",
         dtype=_dtype(where, written.get("dtype")),
         embedding=str(written["embedding"]) if written.get("embedding") is not None else None,
     )
+
+
+def _method_parameters(where: str, method: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return plain(METHODS[method].resolve(given))
+    except MergeError as error:
+        raise RecipeError(f"{where}: {error}") from error
 
 
 def _resolve(where: str, strategy: str, given: Mapping[str, Any], centred: bool) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def test_the_project_says_whether_embeddings_are_centred_unless_the_recipe_does(
     [
         ({"strategy": "sparse_mo"}, r"x: unknown strategy 'sparse_mo'. Did you mean sparse_moe\?\nAllowed: base"),
         ({"strategy": "top_k", "methd": "linear"}, r"unknown parameter 'methd'. Did you mean method\?"),
-        ({"strategy": "top_k", "method": "tiess"}, r"unknown method 'tiess'.*\nAllowed: linear"),
+        ({"strategy": "top_k", "method": "tiess"}, r"unknown method 'tiess'. Did you mean ties"),
         ({"strategy": "top_k", "k": 0}, "k is 0"),
         ({"strategy": "top_k", "rank": 0}, "rank 0 is no rank"),
         ({"strategy": "top_k", "dtype": "flaot"}, r"unknown dtype 'flaot'. Did you mean float"),

@@ -87,15 +87,27 @@ def truncate(
     factors: Callable[[], Iterable[Factor]],
     rule: RankRule,
     path: str | None = None,
+    kept: int | None = None,
 ) -> Truncation:
-    """Truncate a sum of products of known ranks, which are fetched only as the chosen way needs them."""
+    """Truncate a sum of products of known ranks, which are fetched only as the chosen way needs them.
+
+    kept: the rank that `rank: keep` means, the largest of the products' unless given.
+    """
     inner = sum(ranks)
     if inner == 0:
         return zero(shape, torch.device("cpu"))
-    ceiling = rule.ceiling(shape, max(ranks))
-    found = _by_cheapest(shape, inner, factors, rule, ceiling, path)
-    wanted = ceiling if rule.kind in ("keep", "fixed") and found.norm > 0 else 1
-    return filled(found, wanted)
+    ceiling = rule.ceiling(shape, max(ranks) if kept is None else kept)
+    return _filled_up(_by_cheapest(shape, inner, factors, rule, ceiling, path), rule, ceiling)
+
+
+def truncate_formed(S: torch.Tensor, rule: RankRule, kept: int) -> Truncation:
+    """Truncate a matrix that is there, float64 (out, in). kept: the rank that `rank: keep` means."""
+    ceiling = rule.ceiling((S.shape[0], S.shape[1]), kept)
+    return _filled_up(_of_formed(S, float(S.square().sum()), rule, ceiling), rule, ceiling)
+
+
+def _filled_up(found: Truncation, rule: RankRule, ceiling: int) -> Truncation:
+    return filled(found, ceiling if rule.kind in ("keep", "fixed") and found.norm > 0 else 1)
 
 
 def _by_cheapest(
@@ -148,7 +160,12 @@ def _randomised(stacked: Stacked, shape: tuple[int, int], rule: RankRule, ceilin
 def _dense(shape: tuple[int, int], factors: Callable[[], Iterable[Factor]], rule: RankRule, ceiling: int) -> Truncation:
     S, terms = formed(shape, factors())
     total = float(S.square().sum())
-    if total <= NOTHING**2 * terms:
+    return _of_formed(S, total if total > NOTHING**2 * terms else 0.0, rule, ceiling)
+
+
+def _of_formed(S: torch.Tensor, total: float, rule: RankRule, ceiling: int) -> Truncation:
+    shape = (int(S.shape[0]), int(S.shape[1]))
+    if total == 0.0:
         return zero(shape, S.device)
     found = None
     small, large = min(shape), max(shape)

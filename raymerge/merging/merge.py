@@ -6,19 +6,26 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
 from raymerge.adapters.adapter import LoraAdapter, LoraModule
-from raymerge.errors import MergeError
+from raymerge.errors import MergeError, unknown
+from raymerge.merging.dialects import DIALECTS
 from raymerge.merging.factors import Compressed, Factor, Truncation, filled, rounded
 from raymerge.merging.gram import inner_of, squared_norm_of
-from raymerge.merging.lowrank import sum_norm, truncate
-from raymerge.merging.methods import METHODS, Method
-from raymerge.merging.methods.linear import anchor_share
+from raymerge.merging.inputs import Inputs, check_inputs, check_patterns, widest_dtype
+from raymerge.merging.lowrank import sum_norm, truncate, truncate_formed
+from raymerge.merging.methods import METHODS, Method, named
+from raymerge.merging.methods.parameters import Parameters
 from raymerge.merging.rank import RankRule, parse_rank
+from raymerge.merging.settings import Setting
+from raymerge.merging.site import Combined, Dense, Site, Weighted
+from raymerge.merging.whole import merge_biases, merge_whole
+
+if TYPE_CHECKING:
+    from raymerge.adapters.base_weights import BaseWeights
 
 _FLOATS: Mapping[str, torch.dtype] = {
     name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")
@@ -29,41 +36,55 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """Adapters to merge, checked and in the order of their names.
+class Merge:
+    """What is merged, and how: inputs, a method and its parameters, both checked.
 
-    shapes, ranks: of each module, sorted; ranks of those experts that have it, and the anchor's. squares: where they
-    are wanted, |a_i - anchor|^2 by (expert, module), noted while the modules are read.
+    squares: |a_i - anchor|^2 by (expert, module), noted while modules are read; None where nobody asks.
     """
 
-    experts: tuple[LoraAdapter, ...]
-    weights: tuple[float, ...]
-    anchor: LoraAdapter | None
-    shapes: Mapping[str, tuple[int, int]]
-    ranks: Mapping[str, Sequence[int]]
-    squares: dict[tuple[int, str], float] | None
+    inputs: Inputs
+    method: Method
+    parameters: Parameters
+    squares: dict[tuple[int, str], float] | None = None
 
-    def anchor_module(self, path: str) -> LoraModule | None:
-        """The anchor's module, or None."""
-        return None if self.anchor is None else self.anchor.modules.get(path)
+    def site(self, path: str) -> Site:
+        """One module of all experts. Where norms are asked for, they are noted as it is read."""
+        site = self.inputs.site(path)
+        if self.squares is None:
+            return site
+        squares = self.squares
 
-    def modules(self, path: str, anchor: LoraModule | None) -> Iterator[LoraModule | None]:
-        """One module of each expert, read one after the other."""
-        for index, adapter in enumerate(self.experts):
-            module = adapter.modules.get(path)
-            if self.squares is not None:
-                self.squares[index, path] = _squared_distance(module, anchor)
-            yield module
+        def read() -> Iterator[LoraModule | None]:
+            for index, module in enumerate(site.read()):
+                if (index, path) not in squares:
+                    squares[index, path] = _squared_distance(module, site.anchor)
+                yield module
+
+        return replace(site, read=read)
+
+    def combined(self, site: Site, path: str | None = None) -> Combined:
+        """The merged delta of a site, from the anchor. path: of the module it belongs to, if not its own."""
+        place = path or site.path
+        depth = self.inputs.depths[place]
+        if not self.method.signed and min(site.weights) < 0:
+            name, weight = min(zip(site.names, site.weights, strict=True), key=lambda pair: pair[1])
+            raise MergeError(f"{name}: weight {weight:g} is negative, which method {self.method.name} cannot use.")
+        try:
+            return self.method.load()(site, **self.parameters.at(place, depth))
+        except MergeError as error:
+            raise type(error)(f"{site.path}: {error}") from error
 
 
 def merge(
     adapters: Sequence[LoraAdapter],
-    weights: Sequence[float],
+    weights: Sequence[Setting],
     *,
     method: str = "linear",
+    dialect: str = "delta",
     rank: Any = "keep",
     scale: Scale = 1.0,
     anchor: LoraAdapter | None = None,
+    base: BaseWeights | None = None,
     dtype: torch.dtype | str | None = None,
     name: str = "merged",
     **method_parameters: Any,
@@ -71,32 +92,39 @@ def merge(
     """Merge adapters into one: anchor + scale * merge(a_i - anchor), compressed to a rank module by module.
 
     adapters: of any ranks, scalings, dtypes and target modules; a module that one lacks is a zero delta. They are
-    only read, one module at a time, so that adapters from open_adapter are never in memory whole. They are summed in
-    the order of their names. weights: one number for each. rank: see `rank.parse_rank`. scale: a number, or match_norm
-    for sum(|w_i| |a_i|) / |sum(w_i a_i)|. anchor: an adapter that deltas are measured from, or None for the base.
-    dtype: of the result, the experts' widest unless given.
+    only read, module by module, so that adapters from open_adapter are never in memory whole. They are taken in the
+    order of their names. weights: for each a number, or a setting that differs by layer or module (`settings`).
+    method, method_parameters: see `methods.METHODS`; dialect: `delta`, or a library whose numbers are wanted
+    (`dialects.DIALECTS`). rank: see `rank.parse_rank`. scale: a number, or match_norm for the mean norm of what is
+    merged: sum(|w_i| |a_i|) / |merge(a_i)|. anchor: an adapter that deltas are measured from, or None for the base.
+    base: the base model's weights, which whole tensors need (see `whole`). dtype: of the result, the experts' widest
+    unless given.
 
     Returns an adapter with scalings of 1 and the relative Frobenius error of each module, rounding included, and of
     the whole under `*`. Warns if the adapters name different base models. Raises MergeError, RankError.
     """
-    chosen, parameters = _method(method, method_parameters)
-    rule, factor = parse_rank(rank), _scale(scale)
+    factor = _scale(scale)
     later = factor is None and anchor is None  # the norm to be matched is known when all modules are summed
-    inputs = _checked(adapters, weights, anchor, measure=later)
+    merging = _prepared(adapters, weights, anchor, parse_rank(rank), method, dialect, method_parameters, measure=later)
+    inputs = merging.inputs
+    _check_dialect(dialect, anchor, scale)
     target = _dtype(dtype, inputs)
     if factor is None:
-        factor = 1.0 if later else matched_scale(adapters, weights, anchor)
+        factor = 1.0 if later else _matched_scale(merging)
     found: dict[str, Compressed | Truncation] = {}
     with torch.no_grad():
-        for path in inputs.shapes:
-            truncated = _truncate(inputs, path, chosen, parameters, rule, factor)
+        for path in inputs.headers:
+            site = merging.site(path)
+            truncated = _truncate(site, merging.combined(site), factor, inputs.kept(path))
             found[path] = _narrowed(truncated) if later else rounded(truncated, 1.0, target)
-        final = _matched(inputs, [one.norm for one in found.values()]) if later else 1.0
+        final = _matched(merging, [one.norm for one in found.values()]) if later else 1.0
         done: dict[str, Compressed] = {}
-        for path in inputs.shapes:
+        for path in inputs.headers:
             one = found.pop(path)
             done[path] = rounded(one, final, target) if isinstance(one, Truncation) else one
-    return _as_adapter(name, inputs, done, rule)
+        biases = merge_biases(inputs, merging.combined, factor * final, target)
+        whole = merge_whole(inputs, merging.combined, factor * final, base, method if dialect == "delta" else "")
+    return _as_adapter(name, merging, done, biases, whole)
 
 
 def merge_module(
@@ -111,30 +139,34 @@ def merge_module(
     """Merge one module of several adapters; None where one lacks it. Returns it, and its relative Frobenius error."""
     names = [f"expert {index:09}" for index in range(len(modules))]
     adapters = [LoraAdapter(n, {} if m is None else {"module": m}) for n, m in zip(names, modules, strict=True)]
-    merged = merge(adapters, weights, method=method, rank=rank, dtype=dtype, **method_parameters)
-    if not merged.modules:
+    if all(module is None for module in modules):
         raise MergeError("No expert has this module, so its shape is unknown.")
+    merged = merge(adapters, weights, method=method, rank=rank, dtype=dtype, **method_parameters)
     return merged.modules["module"], merged.errors["module"]
 
 
+def prepare(
+    adapters: Sequence[LoraAdapter],
+    weights: Sequence[Setting],
+    *,
+    method: str = "linear",
+    dialect: str = "delta",
+    rank: Any = "exact",
+    anchor: LoraAdapter | None = None,
+    **method_parameters: Any,
+) -> Merge:
+    """A merge that is checked and not carried out: `site` and `combined` give its modules one by one, uncompressed."""
+    return _prepared(adapters, weights, anchor, parse_rank(rank), method, dialect, method_parameters, measure=False)
+
+
 def matched_scale(
-    adapters: Sequence[LoraAdapter], weights: Sequence[float], anchor: LoraAdapter | None = None
+    adapters: Sequence[LoraAdapter], weights: Sequence[Setting], anchor: LoraAdapter | None = None
 ) -> float:
     """The scale that gives a linear merge the mean norm of what it merges: sum(|w_i| |a_i|) / |sum(w_i a_i)|, with a_i
     measured from the anchor; 1 where the sum is zero. Nothing is compressed for it."""
-    inputs = _checked(adapters, weights, anchor, measure=True)
-    norms = []
-    with torch.no_grad():
-        for path, shape in inputs.shapes.items():
-            start = inputs.anchor_module(path)
-
-            def differences(path: str = path, start: LoraModule | None = start) -> Iterator[Factor]:
-                if start is not None:
-                    yield Factor(start.B, start.A, -sum(inputs.weights) * start.scaling)
-                yield from METHODS["linear"].combine(inputs.modules(path, start), inputs.weights, None, 1.0)
-
-            norms.append(sum_norm(shape, inputs.ranks[path], differences))
-    return _matched(inputs, norms)
+    return _matched_scale(
+        _prepared(adapters, weights, anchor, parse_rank("exact"), "linear", "delta", {}, measure=True)
+    )
 
 
 def mixture_weights(
@@ -150,21 +182,80 @@ def mixture_weights(
     factor = _scale(scale)
     if factor is None:
         factor = matched_scale(adapters, weights, anchor)
-    return [factor * weight for weight in weights], anchor_share(weights, factor) if anchor is not None else 0.0
+    return [factor * weight for weight in weights], 1.0 - factor * sum(weights) if anchor is not None else 0.0
 
 
-def _truncate(
-    inputs: Inputs, path: str, method: Method, parameters: Mapping[str, Any], rule: RankRule, scale: float
-) -> Truncation:
-    anchor = inputs.anchor_module(path)
+def _prepared(
+    adapters: Sequence[LoraAdapter],
+    weights: Sequence[Setting],
+    anchor: LoraAdapter | None,
+    rule: RankRule,
+    method: str,
+    dialect: str,
+    given: Mapping[str, Any],
+    *,
+    measure: bool,
+) -> Merge:
+    known = {"delta": METHODS, **DIALECTS}
+    if dialect not in known:
+        raise MergeError(unknown("dialect", dialect, known))
+    chosen = named(method, known[dialect], "" if dialect == "delta" else f" of dialect {dialect}")
+    parameters = chosen.resolve(given)
+    inputs = check_inputs(adapters, weights, anchor, rule)
+    chosen.check_experts(len(inputs.experts))
+    for key in type(parameters).model_fields:
+        check_patterns(getattr(parameters, key), inputs.depths, f"method {method}: {key}")
+    if rule.kind == "exact":
+        _refuse_dense(inputs)
+    return Merge(inputs, chosen, parameters, {} if measure else None)
 
-    def factors() -> Iterator[Factor]:
-        return method.combine(inputs.modules(path, anchor), inputs.weights, anchor, scale, **parameters)
 
-    try:
-        return truncate(inputs.shapes[path], inputs.ranks[path], factors, rule)
-    except MergeError as error:
-        raise type(error)(f"{path}: {error}") from error
+def _refuse_dense(inputs: Inputs) -> None:
+    for path, headers in inputs.headers.items():
+        for adapter, header in zip((*inputs.experts, inputs.anchor), headers, strict=False):
+            if adapter is not None and header is not None and header.nominal is not None:
+                raise MergeError(
+                    f"{adapter.name}: {path} is DoRA, whose delta has full rank, so rank exact would keep it whole.\n"
+                    "Choose keep, a number, or an energy; the error is stated."
+                )
+
+
+def _check_dialect(dialect: str, anchor: LoraAdapter | None, scale: Scale) -> None:
+    if dialect != "delta" and (anchor is not None or scale == "match_norm"):
+        what = "an anchor" if anchor is not None else "match_norm"
+        raise MergeError(f"dialect {dialect} cannot be used with {what}, which that library lacks.\nUse dialect delta.")
+    if dialect == "peft" and scale != 1:
+        raise MergeError("dialect peft has no scale.\nMultiply the weights, or use dialect delta.")
+
+
+def _truncate(site: Site, combined: Combined, scale: float, kept: int) -> Truncation:
+    """anchor + scale * merged, at the best rank that the site's rule allows."""
+    anchor = site.anchor
+    if isinstance(combined, Dense):
+        S = combined.delta.double() * scale
+        if anchor is not None:
+            S.addmm_(anchor.B.double(), anchor.A.double(), alpha=anchor.scaling)
+        return truncate_formed(S, site.rule, kept)
+    if isinstance(combined, Weighted):
+        coefficients = [scale * c for c in combined.coefficients]
+        ranks = [*site.ranks, 0 if anchor is None else anchor.rank]
+        return truncate(site.shape, ranks, lambda: _weighted(site, coefficients), site.rule, kept=kept)
+    factors = [f._replace(weight=f.weight * scale) for f in combined.factors]
+    if anchor is not None:
+        factors.append(Factor(anchor.B, anchor.A, anchor.scaling))
+    return truncate(site.shape, [f.rank for f in factors], lambda: factors, site.rule, kept=kept)
+
+
+def _weighted(site: Site, coefficients: Sequence[float]) -> Iterator[Factor]:
+    """anchor + sum(c_i (a_i - anchor)), as anchor * (1 - sum(c_i)) + sum(c_i a_i), read expert by expert.
+
+    Nothing is rounded here: coefficients and scalings travel beside the factors.
+    """
+    if site.anchor is not None:
+        yield Factor(site.anchor.B, site.anchor.A, (1.0 - sum(coefficients)) * site.anchor.scaling)
+    for module, coefficient in zip(site.read(), coefficients, strict=True):
+        if module is not None:
+            yield Factor(module.B, module.A, coefficient * module.scaling)
 
 
 def _narrowed(found: Truncation) -> Truncation:
@@ -179,82 +270,90 @@ def _squared_distance(module: LoraModule | None, anchor: LoraModule | None) -> f
     return max(squared_norm_of(module) - 2 * inner_of(module, anchor) + squared_norm_of(anchor), 0.0)
 
 
-def _matched(inputs: Inputs, norms: Sequence[float]) -> float:
-    squares = [0.0] * len(inputs.experts)
-    for (index, _), square in sorted((inputs.squares or {}).items()):
-        squares[index] += square
-    wanted = math.fsum(abs(w) * math.sqrt(square) for w, square in zip(inputs.weights, squares, strict=True))
+def _matched_scale(merging: Merge) -> float:
+    measured = replace(merging, squares={})
+    with torch.no_grad():
+        return _matched(
+            measured, [_norm(site, measured.combined(site)) for site in map(measured.site, measured.inputs.headers)]
+        )
+
+
+def _norm(site: Site, combined: Combined) -> float:
+    """Frobenius norm of a merged delta, from the anchor. Reads every expert once at least."""
+    if isinstance(combined, Dense):
+        return float(torch.linalg.matrix_norm(combined.delta.double()))
+    if not isinstance(combined, Weighted):
+        factors = list(combined.factors)
+        return sum_norm(site.shape, [f.rank for f in factors], lambda: factors)
+    start = site.anchor
+
+    def differences() -> Iterator[Factor]:
+        if start is not None:
+            yield Factor(start.B, start.A, -sum(combined.coefficients) * start.scaling)
+        for module, coefficient in zip(site.read(), combined.coefficients, strict=True):
+            if module is not None:
+                yield Factor(module.B, module.A, coefficient * module.scaling)
+
+    return sum_norm(site.shape, [*site.ranks, 0 if start is None else start.rank], differences)
+
+
+def _matched(merging: Merge, norms: Sequence[float]) -> float:
+    """sum(|w_i| |a_i|) over the norm of the merged delta, over all modules; |w_i a_i| where a weight varies."""
+    squares = [0.0] * len(merging.inputs.experts)
+    shares = {path: merging.inputs.weights_at(path) for path in merging.inputs.headers}
+    for (index, path), square in sorted((merging.squares or {}).items()):
+        squares[index] += shares[path][index] ** 2 * square
+    wanted = math.fsum(math.sqrt(square) for square in squares)
     there = math.sqrt(math.fsum(norm**2 for norm in norms))
     return wanted / there if there > 0 else 1.0
 
 
-def _as_adapter(name: str, inputs: Inputs, done: Mapping[str, Compressed], rule: RankRule) -> LoraAdapter:
-    if rule.uniform and done:
+def _as_adapter(
+    name: str,
+    merging: Merge,
+    done: Mapping[str, Compressed],
+    biases: Mapping[str, torch.Tensor],
+    whole: Mapping[str, torch.Tensor],
+) -> LoraAdapter:
+    inputs = merging.inputs
+    if inputs.rule.uniform and done:
         widest = max(one.A.shape[0] for one in done.values())
         done = {path: filled(one, widest) for path, one in done.items()}
     norm = math.sqrt(math.fsum(one.norm**2 for one in done.values()))
     lost = math.sqrt(math.fsum((one.error * one.norm) ** 2 for one in done.values()))
     errors = {path: one.error for path, one in done.items()}
+    embedded = {path for path in done if any(h is not None and h.embedding for h in inputs.headers[path])}
     return LoraAdapter(
         name=name,
-        modules={path: LoraModule(one.A, one.B, 1.0) for path, one in done.items()},
+        modules={
+            path: LoraModule(one.A, one.B, 1.0, bias=biases.get(path), embedding=path in embedded)
+            for path, one in done.items()
+        },
         base_model=_base_model(inputs.experts),
         fan_in_fan_out=any(adapter.fan_in_fan_out for adapter in inputs.experts),
         task_type=_common([adapter.task_type for adapter in inputs.experts]),
         started_from=_common([adapter.started_from for adapter in inputs.experts]),
         errors={WHOLE: lost / norm if norm else 0.0, **errors},
+        whole=whole,
+        modules_to_save=tuple(sorted({name for one in inputs.experts for name in one.modules_to_save})),
+        bias_mode=next((one.bias_mode for one in inputs.experts if one.bias_mode != "none"), "none"),
+        notes=() if merging.method.note is None else (merging.method.note,),
     )
 
 
 def _base_model(experts: Sequence[LoraAdapter]) -> str | None:
-    named: dict[str, str] = {}
+    names: dict[str, str] = {}
     for adapter in experts:
         if adapter.base_model is not None:
-            named.setdefault(adapter.base_model, adapter.name)
-    if len(named) > 1:
-        listed = ", ".join(f"{base} ({name})" for base, name in list(named.items())[:4])
+            names.setdefault(adapter.base_model, adapter.name)
+    if len(names) > 1:
+        listed = ", ".join(f"{base} ({name})" for base, name in list(names.items())[:4])
         warnings.warn(f"The adapters name different base models: {listed}. They are merged as one.", stacklevel=4)
-    return next(iter(named), None)
+    return next(iter(names), None)
 
 
 def _common(values: Sequence[_T]) -> _T | None:
     return values[0] if all(value == values[0] for value in values) else None
-
-
-def _checked(
-    adapters: Sequence[LoraAdapter], weights: Sequence[float], anchor: LoraAdapter | None, *, measure: bool
-) -> Inputs:
-    if not adapters or len(adapters) != len(weights):
-        raise MergeError(f"{len(adapters)} adapters and {len(weights)} weights.\nExpected one weight for each adapter.")
-    for adapter, weight in zip(adapters, weights, strict=True):
-        if not math.isfinite(weight):
-            raise MergeError(f"{adapter.name}: its weight is {weight!r}.\nExpected a finite number.")
-    order = sorted(range(len(adapters)), key=lambda i: (adapters[i].name, weights[i]))
-    experts = tuple(adapters[i] for i in order)
-    first: dict[str, tuple[tuple[int, int], str]] = {}
-    ranks: dict[str, list[int]] = {}
-    for adapter in (*experts, *((anchor,) if anchor is not None else ())):
-        for path, header in adapter.headers.items():
-            shape, owner = first.setdefault(path, (header.shape, adapter.name))
-            if shape != header.shape:
-                raise MergeError(
-                    f"{adapter.name}: {path} has shape {header.shape}, but {shape} in {owner}.\n"
-                    "Shapes are (out_features, in_features). They were trained on different base models."
-                )
-            ranks.setdefault(path, []).append(header.rank)
-    shapes = {path: first[path][0] for path in sorted(first)}
-    return Inputs(experts, tuple(float(weights[i]) for i in order), anchor, shapes, ranks, {} if measure else None)
-
-
-def _method(name: str, given: Mapping[str, Any]) -> tuple[Method, Mapping[str, Any]]:
-    if name not in METHODS:
-        raise MergeError(f"unknown method {name!r}.\nAllowed: {', '.join(sorted(METHODS))}.")
-    method = METHODS[name]
-    unknown = sorted(set(given) - set(method.parameters))
-    if unknown:
-        allowed = ", ".join(sorted(method.parameters)) or "none"
-        raise MergeError(f"unknown parameter {unknown[0]!r} of method {name}.\nAllowed: {allowed}.")
-    return method, {**method.parameters, **given}
 
 
 def _scale(scale: Scale) -> float | None:
@@ -268,9 +367,7 @@ def _scale(scale: Scale) -> float | None:
 
 def _dtype(dtype: torch.dtype | str | None, inputs: Inputs) -> torch.dtype:
     if dtype is None:
-        found = [adapter.dtype for adapter in (*inputs.experts, *((inputs.anchor,) if inputs.anchor else ()))]
-        widest: torch.dtype = reduce(torch.promote_types, found)
-        return widest
+        return widest_dtype((*inputs.experts, *((inputs.anchor,) if inputs.anchor else ())))
     chosen = _FLOATS.get(dtype) if isinstance(dtype, str) else dtype
     if chosen is None or chosen not in _FLOATS.values():
         raise MergeError(f"dtype {dtype!r} cannot hold an adapter.\nAllowed: {', '.join(_FLOATS)}.")

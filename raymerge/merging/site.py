@@ -1,0 +1,78 @@
+"""One module of all experts, as a method of merging sees it; and the three forms in which a method may answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raymerge.adapters.adapter import LoraModule
+from raymerge.merging.factors import Factor
+from raymerge.merging.gram import gram_module
+from raymerge.merging.rank import RankRule
+
+
+@dataclass(frozen=True)
+class Site:
+    """One module of all experts. Experts are in the order of their names.
+
+    path: of the module in the base model. shape: of the delta, (out_features, in_features). names, weights: of the
+    experts, the weights as they are at this module. ranks: of the experts' modules, 0 where one lacks it. anchor: its
+    module, or None. rule: the rank asked for. read: the experts' modules one after the other, None where one lacks it;
+    each call reads them anew, so that no more than one need be in memory.
+    """
+
+    path: str
+    shape: tuple[int, int]
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    ranks: tuple[int, ...]
+    anchor: LoraModule | None
+    rule: RankRule
+    read: Callable[[], Iterator[LoraModule | None]]
+
+    def deltas(self) -> Iterator[list[Factor]]:
+        """Each expert's delta, measured from the anchor, as a sum of products; an empty list where it is zero.
+
+        One expert is in memory at a time, as long as the caller keeps none.
+        """
+        back = [] if self.anchor is None else [Factor(self.anchor.B, self.anchor.A, -self.anchor.scaling)]
+        for module in self.read():
+            own = [] if module is None else [Factor(module.B, module.A, module.scaling)]
+            yield [*own, *back]
+
+    def gram(self) -> Tensor:
+        """Frobenius inner products of the experts' deltas, measured from the anchor: float64 (N, N)."""
+        modules = [*self.read(), self.anchor]
+        present = torch.tensor([i for i, module in enumerate(modules) if module is not None], dtype=torch.long)
+        whole = torch.zeros(len(modules), len(modules), dtype=torch.float64)
+        if len(present):
+            whole[present[:, None], present] = gram_module([module for module in modules if module is not None])
+        anchored = whole[:-1, -1:]
+        return whole[:-1, :-1] - anchored - anchored.T + whole[-1, -1]
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A weighted sum of the experts' deltas; coefficients in the order of the experts. Nothing is formed."""
+
+    coefficients: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Factored:
+    """A sum of low-rank products, of the shape of the site."""
+
+    factors: Sequence[Factor]
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A delta with nothing low-rank about it: (out_features, in_features), float32 or float64."""
+
+    delta: Tensor
+
+
+Combined = Weighted | Factored | Dense

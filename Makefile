@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export RAY_AUTH_MODE := token
 
-.PHONY: install demo test check unit bench
+.PHONY: install oracles demo test check unit
 
 install: .venv/installed
 
@@ -11,6 +11,9 @@ install: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
+
+oracles: install  ## mergekit and MLX, which some tests compare with; without them those are skipped
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,mergekit,mlx]'
 
 demo: install  ## the whole path on a world it makes itself: demo/runs/report.html
 	$(BIN)/raymerge demo --out demo $(ARGS)

@@ -30,16 +30,15 @@ WHOLE_DENSITY = {  # parameters at which a sparse method leaves nothing out
 }
 
 
-def adapter(name, seed, rank=3, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    modules = {
-        path: LoraModule(
-            torch.randn(rank, into, generator=generator, dtype=torch.float64).to(dtype),
-            torch.randn(out, rank, generator=generator, dtype=torch.float64).to(dtype),
-            0.5,
-        )
-        for path, (out, into) in SHAPES.items()
-    }
+def adapter(name, seed, rank=3):
+    """An adapter that has something in common with all others, as those of one task have."""
+    own, common = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(1000)
+
+    def factor(*shape):
+        start = torch.randn(*shape, generator=common, dtype=torch.float64)
+        return start + 0.7 * torch.randn(*shape, generator=own, dtype=torch.float64)
+
+    modules = {path: LoraModule(factor(rank, into), factor(out, rank), 0.5) for path, (out, into) in SHAPES.items()}
     return LoraAdapter(name, modules)
 
 

@@ -1,0 +1,118 @@
+"""Biases and whole tensors: merged beside the factors, never compressed."""
+
+import pytest
+import torch
+
+from raymerge import merge
+from raymerge.adapters import LoraAdapter, LoraModule
+from raymerge.errors import MergeError
+from raymerge.merging.methods import METHODS
+
+HEAD, BIAS = "lm_head.weight", "layers.0.q_proj.bias"
+
+
+class Base:
+    """The base's weights, in memory."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(99)
+        self.tensors = {HEAD: torch.randn(6, 8, generator=generator), BIAS: torch.randn(12, generator=generator)}
+
+    def weight(self, name):
+        return self.tensors[name]
+
+
+BASE = Base()
+
+
+def adapter(name, seed, whole=(HEAD, BIAS), biased=True):
+    own, common = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(1000)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=common) + 0.7 * torch.randn(*shape, generator=own)
+
+    module = LoraModule(draw(2, 8), draw(12, 2), 0.5, bias=draw(12) if biased else None)
+    tensors = {n: BASE.weight(n) + 0.1 * draw(*BASE.weight(n).shape) for n in (HEAD, BIAS)}
+    return LoraAdapter(
+        name, {"layers.0.q_proj": module}, whole={n: tensors[n] for n in whole}, modules_to_save=("lm_head",)
+    )
+
+
+def close(left, right, relative=1e-5):
+    assert float((left.double() - right.double()).norm()) <= relative * max(float(right.double().norm()), 1e-12)
+
+
+def test_a_mean_needs_no_base():
+    experts = [adapter("anna", 1), adapter("bert", 2)]
+    merged = merge(experts, [0.25, 0.75])
+    for name in (HEAD, BIAS):
+        close(merged.whole[name], 0.25 * experts[0].whole[name] + 0.75 * experts[1].whole[name])
+    assert merged.modules_to_save == ("lm_head",)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ({"weights": [1.0, 1.0]}, "the weights sum to 2, not to 1"),
+        ({"weights": [0.5, 0.5], "scale": 2.0}, "the scale is 2, not 1"),
+        ({"weights": [0.5, 0.5], "method": "karcher"}, "the method is karcher, not linear"),
+        ({"weights": [0.5, 0.5], "anchor": adapter("start", 9)}, "there is an anchor"),
+    ],
+)
+def test_anything_else_is_refused_without_the_base(arguments, why):
+    with pytest.raises(MergeError) as refusal:
+        merge([adapter("anna", 1), adapter("bert", 2)], **arguments)
+    assert str(refusal.value).startswith(f"{BIAS} is stored whole, not as a delta, and {why}")
+    assert "--base" in str(refusal.value)
+
+
+def test_one_that_lacks_a_whole_tensor_is_named():
+    with pytest.raises(MergeError, match="bert does not have it"):
+        merge([adapter("anna", 1), adapter("bert", 2, whole=())], [0.5, 0.5])
+
+
+def test_with_the_base_a_whole_tensor_is_a_delta():
+    experts = [adapter("anna", 1), adapter("bert", 2, whole=(HEAD,))]
+    merged = merge(experts, [1.0, 2.0], scale=0.5, base=BASE)
+    deltas = [e.whole[HEAD] - BASE.weight(HEAD) for e in experts]
+    close(merged.whole[HEAD], BASE.weight(HEAD) + 0.5 * deltas[0] + deltas[1])
+    close(merged.whole[BIAS], BASE.weight(BIAS) + 0.5 * (experts[0].whole[BIAS] - BASE.weight(BIAS)))
+
+
+def test_an_anchor_moves_the_origin_of_whole_tensors_and_biases():
+    start, experts = adapter("start", 9), [adapter("anna", 1), adapter("bert", 2)]
+    merged = merge(experts, [0.7, 0.6], scale=0.5, anchor=start, base=BASE)
+    wanted = start.whole[HEAD] + 0.5 * sum(
+        w * (e.whole[HEAD] - start.whole[HEAD]) for w, e in zip((0.7, 0.6), experts, strict=True)
+    )
+    close(merged.whole[HEAD], wanted)
+    biases = [0.5 * one.modules["layers.0.q_proj"].bias for one in (start, *experts)]
+    found = merged.modules["layers.0.q_proj"]
+    close(found.scaling * found.bias, biases[0] + 0.5 * (0.7 * (biases[1] - biases[0]) + 0.6 * (biases[2] - biases[0])))
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("tsv", "iso_c")])
+def test_copies_keep_their_biases_and_whole_tensors(method):
+    whole_density = {"density": 1.0} if "density" in METHODS[method].defaults else {}
+    zero = {key: 0.0 for key in ("epsilon", "gamma") if key in METHODS[method].defaults}
+    one = adapter("anna", 1)
+    copies = [one, LoraAdapter("bert", dict(one.modules), whole=dict(one.whole))]
+    merged = merge(copies, [0.5, 0.5], method=method, base=BASE, **whole_density, **zero)
+    for name in (HEAD, BIAS):
+        close(merged.whole[name], one.whole[name])
+    found, expected = merged.modules["layers.0.q_proj"], one.modules["layers.0.q_proj"]
+    close(found.scaling * found.bias, expected.scaling * expected.bias)
+
+
+def test_a_bias_that_one_lacks_is_zero():
+    experts = [adapter("anna", 1), adapter("bert", 2, biased=False, whole=())]
+    merged = merge(experts, [0.5, 0.5], base=BASE)
+    found = merged.modules["layers.0.q_proj"]
+    close(found.scaling * found.bias, 0.5 * 0.5 * experts[0].modules["layers.0.q_proj"].bias)
+
+
+def test_a_resized_vocabulary_is_refused_by_name():
+    experts = [adapter("anna", 1), adapter("bert", 2)]
+    grown = LoraAdapter("bert", dict(experts[1].modules), whole={**experts[1].whole, HEAD: torch.zeros(7, 8)})
+    with pytest.raises(MergeError, match=r"bert: lm_head.weight has shape \(7, 8\)"):
+        merge([experts[0], grown], [0.5, 0.5])

@@ -1,0 +1,233 @@
+"""Methods in the subspace that the experts span: knots, tsv and iso_c.
+
+All act inside the numerical column and row space of the experts: what a low-rank delta has beyond it is rounding. All
+are of degree 1 in the weights, and negative weights subtract. An expert whose weight is 0 is left out. Vectors (sites
+of shape (n, 1)) are summed linearly, as the papers average what is no matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from raymerge.merging.exact import NOTHING, squared_terms
+from raymerge.merging.factors import Factor, stack
+from raymerge.merging.lowrank import truncate
+from raymerge.merging.rank import RankRule, chosen_rank
+from raymerge.merging.site import Combined, Factored, Site, Weighted
+
+_EXACT = RankRule("exact")
+_SAME = 1e-12  # share of the largest eigenvalue below which unit vectors do not differ: 1e-6 of a length
+_TILE = 2**20  # entries of the coordinates at a time
+_NOISE = {torch.float32: 2e-6, torch.float64: 1e-10}  # of an expert's largest coordinate: a smaller one is rounding
+_EVEN = {torch.float32: 1e-6, torch.float64: 1e-12}  # relative difference at which two sums are even
+
+
+def tsv(site: Site) -> Combined:
+    """TSV-Merge (Gargiulo et al., arXiv:2412.00081): the singular vectors of all experts are made orthogonal.
+
+    Each expert keeps its full numerical rank. U and V are the singular vectors of all experts side by side; each is
+    replaced by its polar factor, the nearest matrix with orthonormal columns, or, where experts share directions, by
+    that of its numerical rank (P Q^T of the thin SVD). The result is the sum of the new pairs of vectors, each times
+    its singular value and its expert's weight.
+
+    N copies of an adapter with weights w_i give sum(w_i) / N of it: at weights 1 / N, an Nth.
+    """
+    if site.shape[1] == 1:
+        return Weighted(site.weights)
+    left, values, right = [], [], []
+    for weight, factors in zip(site.weights, site.deltas(), strict=True):
+        found = _singular(site.shape, factors) if weight != 0 and factors else None
+        if found is not None:
+            left.append(found[0])
+            values.append(found[1] * weight)
+            right.append(found[2])
+    if not left:
+        return Weighted([0.0] * len(site.names))
+    U, V = _polar(torch.cat(left, 1)), _polar(torch.cat(right).T)
+    return Factored([Factor(U * torch.cat(values), V.T)])
+
+
+def iso_c(site: Site) -> Combined:
+    """Iso-C (Marczak et al., arXiv:2502.04959): the weighted sum with all singular values set to their mean.
+
+    The sum is truncated to the site's rank first, and the mean is over those singular values that are not zero but for
+    rounding: taken over a whole matrix, as for full fine-tuning, it would put most of the energy of a low-rank delta
+    into arbitrary directions.
+
+    N copies of an adapter at weights 1 / N give its own singular vectors, each with the mean of its singular values.
+    """
+    if site.shape[1] == 1:
+        return Weighted(site.weights)
+    ranks = [rank if weight != 0 else 0 for rank, weight in zip(site.ranks, site.weights, strict=True)]
+    anchored = 0 if site.anchor is None else site.anchor.rank
+    kept = max(*site.ranks, anchored)
+    found = truncate(site.shape, [*ranks, anchored], lambda: _summed(site), site.rule, kept=kept)
+    if found.norm == 0:
+        return Weighted([0.0] * len(site.names))
+    left, right = found.B.double().norm(dim=0), found.A.double().norm(dim=1)
+    values = left * right
+    energies = values.square().tolist()
+    rank = chosen_rank(_EXACT, len(energies), energies, math.fsum(energies))
+    U, V = found.B[:, :rank] / left[:rank], found.A[:rank] / right[:rank, None]
+    return Factored([Factor(U, V, float(values[:rank].mean()))])
+
+
+def knots(site: Site, *, density: float, majority_sign: Literal["total", "frequency"] = "total") -> Combined:
+    """KnOTS with TIES (Stoica et al., arXiv:2410.19735): TIES over the coordinates in the basis the experts share.
+
+    [D_1 .. D_N] = U S [V_1 .. V_N]^T, of numerical rank K; the coordinates of expert i are U^T D_i = S V_i^T, (K, in).
+    They carry the singular values, as in all configurations that the authors published (their text merges V_i^T and
+    puts S into the basis): so an entry is as large as it is in the delta, and a direction that hardly exists has
+    hardly a say. The weights do not enter the basis.
+
+    density: share of the K x in coordinates of each expert that is kept, the largest. majority_sign: the sign of the
+    sum (total), or the more frequent one, and of the sum where both are as frequent. Where the sum is 0 too, the entry
+    is 0: the sign of a column of U is arbitrary, so none can be preferred. Elsewhere the entry is the mean of those
+    that agree, weighted by |w|, times the sum of all |w|. Where singular values are equal, U is arbitrary among their
+    directions, and so is the result.
+
+    N copies at weights 1 / N give what one at weight 1 gives: the adapter, with the largest coordinates only.
+    """
+    if site.shape[1] == 1:
+        return Weighted(site.weights)
+    found = _shared(site)
+    if found is None:
+        return Weighted([0.0] * len(site.names))
+    U, experts = found
+    K, into = U.shape[1], site.shape[1]
+    floors = [expert.threshold(density) for expert in experts]
+    merged = torch.empty(K, into, dtype=experts[0].Q.dtype, device=U.device)
+    whole = math.fsum(abs(weight) for weight in site.weights)
+    lines = max(_TILE // into, 1)
+    for start in range(0, K, lines):
+        rows = slice(start, min(start + lines, K))
+        kept = (expert.kept(rows, floor) for expert, floor in zip(experts, floors, strict=True))
+        merged[rows] = whole * _elected_mean(kept, [expert.weight for expert in experts], majority_sign)
+    return Factored([Factor(U, merged)])
+
+
+@dataclass(frozen=True)
+class _Expert:
+    """Coordinates of an expert in the shared basis: P @ Q, (K, in), with P (K, r) and Q (r, in) of orthonormal rows."""
+
+    weight: float
+    P: Tensor
+    Q: Tensor
+
+    def threshold(self, density: float) -> float:
+        """Magnitude from which on a coordinate is kept: that of the last one kept, and never of rounding size."""
+        sizes = (self.P @ self.Q).abs_().flatten()
+        noise = float(sizes.max()) * _NOISE[sizes.dtype]
+        kept = max(int(density * sizes.numel() + 1e-9), 1)  # 0.29 * 100 < 29
+        if kept >= sizes.numel():
+            return noise
+        last = _smallest(sizes, sizes.numel() - kept)
+        return max(last * (1 - _EVEN[sizes.dtype]), noise)  # equal ones are kept all, whatever their last bit
+
+    def kept(self, rows: slice, threshold: float) -> Tensor:
+        """Some rows of the coordinates, 0 where they are below a threshold."""
+        coordinates = self.P[rows] @ self.Q
+        return coordinates.masked_fill_(coordinates.abs() < threshold, 0.0)
+
+
+def _smallest(sizes: Tensor, index: int) -> float:
+    """The entry that would be at an index if all were sorted. sizes: overwritten, so that no second copy is needed."""
+    if sizes.device.type != "cpu":
+        return float(sizes.kthvalue(index + 1).values)
+    array = sizes.numpy()
+    array.partition(index)
+    return float(array[index])
+
+
+def _elected_mean(kept: Iterator[Tensor], weights: Sequence[float], majority_sign: str) -> Tensor:
+    """sum(w_i x_i) / sum(|w_i|) over the experts whose w_i x_i has the elected sign, entry by entry; 0 where none has
+    one."""
+    above = below = above_weight = below_weight = votes = torch.zeros(())
+    for weight, coordinates in zip(weights, kept, strict=True):
+        x = coordinates.mul_(weight)
+        above, below = above + x.clamp(min=0), below + x.clamp(max=0)
+        above_weight, below_weight = above_weight + (x > 0) * abs(weight), below_weight + (x < 0) * abs(weight)
+        if majority_sign == "frequency":
+            votes = votes + x.sign()
+    total = above + below
+    total = total.masked_fill(total.abs() <= _EVEN[total.dtype] * (above - below), 0.0)
+    elected = torch.where(votes != 0, votes, total) if majority_sign == "frequency" else total
+    chosen = torch.where(elected > 0, above, below) * (elected != 0)
+    return chosen / torch.where(elected > 0, above_weight, below_weight).clamp_(min=torch.finfo(total.dtype).tiny)
+
+
+def _shared(site: Site) -> tuple[Tensor, list[_Expert]] | None:
+    """The left singular vectors of all deltas side by side, (out, K) with K their numerical rank, and each delta in
+    that basis; None where all are zero.
+
+    D_i = X_i Q_i with orthonormal rows Q_i (QR of A_i), so [X_1 .. X_N] has the same left singular vectors, and the
+    concatenation is never formed.
+    """
+    dtype = torch.float32
+    parts: list[tuple[float, Tensor, Tensor]] = []
+    for weight, factors in zip(site.weights, site.deltas(), strict=True):
+        if weight == 0 or not factors:
+            continue
+        if any(torch.float64 in (factor.A.dtype, factor.B.dtype) for factor in factors):
+            dtype = torch.float64
+        stacked = stack(factors)
+        Q, R = torch.linalg.qr(stacked.A.T)
+        X = stacked.rows.T @ (stacked.weights[:, None] * R.T)
+        if float(X.square().sum()) > NOTHING**2 * squared_terms(stacked):
+            parts.append((weight, X, Q.T.to(dtype)))
+    if not parts:
+        return None
+    U = _left_basis(site.shape[0], [X for _, X, _ in parts])
+    return U, [_Expert(weight, (U.T @ X).to(dtype), Q.to(dtype)) for weight, X, Q in parts]
+
+
+def _left_basis(out: int, parts: Sequence[Tensor]) -> Tensor:
+    """Left singular vectors of matrices (out, r_i) side by side, up to their numerical rank."""
+    if sum(X.shape[1] for X in parts) < out:
+        Q, R = torch.linalg.qr(torch.cat(list(parts), 1))
+        M = R @ R.T
+    else:
+        Q, M = None, parts[0].new_zeros(out, out)
+        for X in parts:
+            M.addmm_(X, X.T)
+    values, vectors = torch.linalg.eigh(M)
+    energies = values.flip(0).clamp(min=0).tolist()
+    Z = vectors.flip(1)[:, : chosen_rank(_EXACT, len(energies), energies, math.fsum(energies))]
+    return Z.contiguous() if Q is None else torch.mm(Q, Z)
+
+
+def _singular(shape: tuple[int, int], factors: Sequence[Factor]) -> tuple[Tensor, Tensor, Tensor] | None:
+    """U (out, r), singular values (r,) and V^T (r, in) of a sum of products, at its numerical rank; None if it is 0."""
+    ranks = [factor.rank for factor in factors]
+    # QR sees small singular values exactly; where it is dear, because the rank is high, they do not matter.
+    found = truncate(shape, ranks, lambda: factors, _EXACT, "qr" if 2 * sum(ranks) <= min(shape) else "dense")
+    if found.norm == 0:
+        return None
+    values = found.B.square().sum(0)  # B is U times the roots of the singular values, and A is them times V^T
+    live = values > 0
+    roots = values[live].sqrt()
+    return found.B[:, live] / roots, values[live], found.A[live] / roots[:, None]
+
+
+def _polar(X: Tensor) -> Tensor:
+    """P Q^T of the thin SVD X = P D Q^T, of those singular values that are not zero but for rounding."""
+    wide = X.shape[1] > X.shape[0]
+    values, Z = torch.linalg.eigh(X @ X.T if wide else X.T @ X)
+    live = values > _SAME * float(values[-1])
+    root = (Z[:, live] * values[live].rsqrt()) @ Z[:, live].T
+    return torch.mm(root, X) if wide else torch.mm(X, root)
+
+
+def _summed(site: Site) -> Iterator[Factor]:
+    """sum(w_i (a_i - anchor)), read expert by expert."""
+    if site.anchor is not None:
+        yield Factor(site.anchor.B, site.anchor.A, -math.fsum(site.weights) * site.anchor.scaling)
+    for module, weight in zip(site.read(), site.weights, strict=True):
+        if module is not None and weight != 0:
+            yield Factor(module.B, module.A, weight * module.scaling)

@@ -152,14 +152,15 @@ def _elected_mean(kept: Iterator[Tensor], weights: Sequence[float], majority_sig
     for weight, coordinates in zip(weights, kept, strict=True):
         x = coordinates.mul_(weight)
         above, below = above + x.clamp(min=0), below + x.clamp(max=0)
-        above_weight, below_weight = above_weight + (x > 0) * abs(weight), below_weight + (x < 0) * abs(weight)
+        above_weight = above_weight + (x > 0).to(x.dtype) * abs(weight)
+        below_weight = below_weight + (x < 0).to(x.dtype) * abs(weight)
         if majority_sign == "frequency":
             votes = votes + x.sign()
     total = above + below
     total = total.masked_fill(total.abs() <= _EVEN[total.dtype] * (above - below), 0.0)
     elected = torch.where(votes != 0, votes, total) if majority_sign == "frequency" else total
-    chosen = torch.where(elected > 0, above, below) * (elected != 0)
-    return chosen / torch.where(elected > 0, above_weight, below_weight).clamp_(min=torch.finfo(total.dtype).tiny)
+    means = torch.where(elected > 0, above / above_weight, below / below_weight)
+    return means.masked_fill_(elected == 0, 0.0)
 
 
 def _shared(site: Site) -> tuple[Tensor, list[_Expert]] | None:

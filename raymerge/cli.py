@@ -129,6 +129,70 @@ def compare(
     _end(pipeline(project, runs=run or (), as_json=as_json))
 
 
+def _option(name: str, metavar: str, text: str) -> Any:
+    return typer.Option(name, metavar=metavar, help=text)
+
+
+@app.command()
+def fuse(
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER", help="Folders or URIs; NAME=FOLDER gives one a name.")
+    ],
+    out: Annotated[str, _option("--out", "DIR", "Folder for the adapter, its manifest and its report.")],
+    weights: Annotated[
+        str | None, _option("--weights", "W,W", "0.6,0.4; [0.2, 0.8] over depth; {pattern: 0.8} by module.")
+    ] = None,
+    weights_file: Annotated[str | None, _option("--weights-file", "FILE", "YAML or JSON: {name: weight}.")] = None,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Scale the weights to sum to 1.")] = False,
+    method: Annotated[str, _option("--method", "NAME", "`raymerge methods` lists them.")] = "linear",
+    param: Annotated[
+        list[str] | None, _option("--param", "NAME=VALUE", "A parameter of the method; may be repeated.")
+    ] = None,
+    density: Annotated[str | None, _option("--density", "X", "Share of entries that is kept.")] = None,
+    t: Annotated[str | None, _option("--t", "X", "Of slerp: 0 is the first by name, 1 the second.")] = None,
+    seed: Annotated[str | None, _option("--seed", "N", "Of random drops.")] = None,
+    epsilon: Annotated[str | None, _option("--epsilon", "X", "Of della: spread of the probabilities.")] = None,
+    gamma: Annotated[str | None, _option("--gamma", "X", "Of breadcrumbs: share dropped as outliers.")] = None,
+    majority_sign: Annotated[str | None, _option("--majority-sign", "KIND", "total or frequency.")] = None,
+    rank: Annotated[str, _option("--rank", "R", "keep, exact, a number, or energy such as 0.95.")] = "keep",
+    uniform: Annotated[bool, typer.Option("--uniform", help="Pad all modules to one rank.")] = False,
+    scale: Annotated[str, _option("--scale", "S", "A number, or match_norm.")] = "1",
+    anchor: Annotated[str | None, _option("--anchor", "ADAPTER", "What deltas are measured from.")] = None,
+    base: Annotated[str | None, _option("--base", "MODEL", "The base's folder, for DoRA and whole tensors.")] = None,
+    dtype: Annotated[str | None, _option("--dtype", "NAME", "Of the result; by default the widest.")] = None,
+    dialect: Annotated[str, _option("--dialect", "NAME", "delta, or peft or mergekit for their numbers.")] = "delta",
+    form: Annotated[str, _option("--format", "NAME", "peft or mlx.")] = "peft",
+    sweep: Annotated[str | None, _option("--sweep", "LIST", "Several at once: 50/50,70/30,slerp:0.5,ties:0.2.")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="What PEFT and mergekit would compute.")] = False,
+    name: Annotated[str | None, _option("--name", "NAME", "Of the result; by default the folder's.")] = None,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .bin weights.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace another fuse in DIR.")] = False,
+) -> None:
+    """Fuse a few adapters into one. Needs no project."""
+    from raymerge.pipelines.fuse import fuse as pipeline
+    from raymerge.pipelines.fuse_options import named_parameters
+    from raymerge.pipelines.fuse_request import Request
+
+    plain = {"density": density, "t": t, "seed": seed, "epsilon": epsilon, "gamma": gamma,
+             "majority_sign": majority_sign}  # fmt: skip
+    request = Request(
+        adapters, out, weights, weights_file, normalize, method, named_parameters(param or (), plain), rank, uniform,
+        scale, anchor, base, dtype, dialect, form, allow_pickle, explain, sweep, name, force,
+    )  # fmt: skip
+    _end(pipeline(request))
+
+
+@app.command()
+def methods(
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Only these, in full.")] = None,
+    dialect: Annotated[str, _option("--dialect", "NAME", "delta, peft or mergekit.")] = "delta",
+) -> None:
+    """List the methods of merging, with their parameters."""
+    from raymerge.pipelines.methods import methods as pipeline
+
+    _end(pipeline(names or (), dialect=dialect))
+
+
 def _end(status: int) -> None:
     raise typer.Exit(status)
 

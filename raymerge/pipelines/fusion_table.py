@@ -1,0 +1,100 @@
+"""A fuse, or a sweep of them, in a terminal of 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from raymerge.evaluation.wording import UNKNOWN, number, printable, size
+from raymerge.pipelines.fusion_figures import Fused
+from raymerge.pipelines.fusion_report import headline, joined, pairs, span_in_words, weight_in_words
+
+_ROWS = 24  # inputs shown
+_COSINES = 3  # inputs up to which a sweep shows every cosine
+
+
+def one(fused: Fused) -> RenderableType:
+    """What `raymerge fuse` prints of one adapter: inputs, result, warnings, notes."""
+    figures = fused.figures
+    bases = {expert.base_model for expert in fused.experts}
+    table = _table("adapter", [*(["base"] if len(bases) > 1 else []), "rank", "norm", "weight", "cosine"])
+    for expert in fused.experts[:_ROWS]:
+        base = [_name((expert.base_model or UNKNOWN).rstrip("/").rsplit("/", 1)[-1])] if len(bases) > 1 else []
+        table.add_row(
+            _name(expert.name), *base, span_in_words(expert.rank), f"{expert.norm:.4g}",
+            weight_in_words(expert.weight), number(expert.cosine, 3),
+        )  # fmt: skip
+    if len(fused.experts) > _ROWS:
+        table.add_row(Text(f"and {len(fused.experts) - _ROWS} more", style="dim"))
+    result = ["result", *([""] if len(bases) > 1 else []), span_in_words(figures.rank), f"{figures.norm:.4g}"]
+    table.add_row(*(Text(cell, style="bold") for cell in result))
+    facts = [f"Relative error {figures.error:.3f}", size(figures.size)]
+    if figures.ratio is not None:
+        facts.insert(1, f"norm {figures.ratio:.2f} of the inputs' weighted norms")
+    named = [Text(f"base model {printable(base)}", style="dim") for base in bases if base and len(bases) == 1]
+    return Group(
+        Text(headline(fused), style="bold"),
+        *named,
+        Text(),
+        table,
+        Text(f"\n{', '.join(facts)}."),
+        *_between(fused),
+        *_said(fused),
+    )
+
+
+def sweep(found: Sequence[Fused]) -> RenderableType:
+    """What `raymerge fuse --sweep` prints: one line for each result."""
+    experts = found[0].experts
+    every = len(experts) <= _COSINES
+    cosines = [f"cos {printable(e.name)}" for e in experts] if every else ["least cos"]
+    table = _table("fuse", ["norm", "ratio", "error", "rank", "size", *cosines])
+    for fused in found:
+        figures = fused.figures
+        there = [expert.cosine for expert in fused.experts]
+        known = [cosine for cosine in there if cosine is not None]
+        shown = [number(cosine, 3) for cosine in there] if every else [number(min(known, default=None), 3)]
+        table.add_row(
+            _name(fused.name), f"{figures.norm:.4g}", number(figures.ratio, 2), f"{figures.error:.3f}",
+            span_in_words(figures.rank), size(figures.size), *shown,
+        )  # fmt: skip
+    legend = "ratio: norm over the inputs' weighted norms; cos: with an input; error: of rank"
+    parts: list[RenderableType] = [table, Text(legend, style="dim"), Text()]
+    warned = [fused.name for fused in found if fused.warnings]
+    if warned:
+        parts.append(Text(f"warning: the report warns of {printable(joined(warned))}.", style="yellow"))
+    return Group(*parts)
+
+
+def _table(first: str, headers: Sequence[str]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    table.add_column(first, no_wrap=True, overflow="ellipsis", max_width=22)
+    for header in headers:
+        table.add_column(
+            header, justify="left" if header == "base" else "right", no_wrap=True, overflow="ellipsis", max_width=18
+        )
+    return table
+
+
+def _between(fused: Fused) -> list[RenderableType]:
+    found = pairs(fused)
+    if not found:
+        return []
+    if len(found) == 1:
+        return [Text(f"The inputs' cosine is {found[0][0]:.3f}.")]
+    mean = sum(cosine for cosine, _, _ in found) / len(found)
+    return [Text(f"The inputs' cosines are {mean:.3f} in the mean, {found[0][0]:.3f} to {found[-1][0]:.3f}.")]
+
+
+def _said(fused: Fused) -> list[RenderableType]:
+    return [
+        *(Text(f"warning: {printable(warning)}", style="yellow") for warning in fused.warnings),
+        *(Text(f"note: {printable(note)}", style="dim") for note in fused.notes),
+    ]
+
+
+def _name(text: str) -> Text:
+    return Text(printable(text))

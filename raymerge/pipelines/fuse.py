@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from raymerge import storage
+from raymerge.adapters.formats import encode_adapter, open_adapter, read_adapter, weight_files
 from raymerge.errors import AdapterError, MergeError
 from raymerge.manifest import is_complete, is_unfinished, read_manifest, write_artefact
+from raymerge.merging.rank import parse_rank
 from raymerge.pipelines import fusion_report
-from raymerge.pipelines.fuse_folders import ADAPTER_FILES, check_folders, clear
+from raymerge.pipelines.fuse_folders import check_folders, clear
 from raymerge.pipelines.fuse_options import understand
 from raymerge.pipelines.fuse_request import Fusion, Meant, Request, command, merges_of, shown
 from raymerge.pipelines.fusion_figures import (
@@ -85,8 +87,6 @@ def _show(meant: Meant, loaded: Loaded, found: Sequence[Fused], failed: Mapping[
 
 def _load(meant: Meant) -> Loaded:
     """Open all adapters, so that what is wrong with one is said before anything is made. Small ones are read once."""
-    from raymerge.adapters import open_adapter, read_adapter
-
     request = meant.request
     base = None
     more: dict[str, Any] = {}
@@ -105,6 +105,7 @@ def _load(meant: Meant) -> Loaded:
         adapters = [open_adapter(location, name, **more) for location, name in places]
         if sum(adapter.nbytes for adapter in adapters) <= HELD:
             adapters = [read_adapter(location, name, **more) for location, name in places]
+    _check_together(meant, adapters[: len(meant.sources)], adapters[-1] if anchor is not None else None)
     digests = [_digest(location, name) for location, name in places]
     count = len(meant.sources)
     return Loaded(
@@ -117,12 +118,20 @@ def _load(meant: Meant) -> Loaded:
     )
 
 
+def _check_together(meant: Meant, experts: Sequence[LoraAdapter], anchor: LoraAdapter | None) -> None:
+    """Raise MergeError now, and for all of a sweep, if these adapters cannot be merged by any method."""
+    from raymerge.merging.inputs import check_inputs
+
+    for fusion in meant.fusions:
+        check_inputs(experts, fusion.weights, anchor, parse_rank(meant.rank))
+
+
 def _digest(location: str, name: str) -> str:
     """Content digest of an adapter in any form."""
-    if is_unfinished(location):
+    files = weight_files(location)
+    if is_unfinished(storage.parent(files[0])):
         raise AdapterError(f"{name}: this adapter was begun and not finished.\nWhat makes it failed or was killed.")
-    places = [(file, storage.join(location, file)) for file in ADAPTER_FILES]
-    return storage.digest_value([[file, storage.digest(place)] for file, place in places if storage.exists(place)])
+    return storage.digest_value([[storage.name_of(file), storage.digest(file)] for file in files])
 
 
 def _state(location: str) -> Any:
@@ -159,7 +168,6 @@ def _make(
 
 
 def _write(meant: Meant, loaded: Loaded, fusion: Fusion, products: Products, key: str) -> None:
-    from raymerge.adapters import encode_adapter
     from raymerge.merging.merge import WHOLE, merge
 
     request = meant.request

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from raymerge import storage
+from raymerge.adapters.formats import FORMATS
 from raymerge.errors import MergeError, RaymergeError, unknown
 from raymerge.merging.dialects import DIALECTS
 from raymerge.merging.methods import METHODS, Method, named
@@ -37,6 +38,8 @@ def understand(request: Request) -> Meant:
     equal = request.weights is None and request.weights_file is None
     name = request.name or storage.name_of(out)
     methods = methods_of(request.dialect)
+    if request.format not in FORMATS:
+        raise MergeError(f"--format: {unknown('format', request.format, FORMATS)}")
     plain = Fusion(name, out, named(request.method, methods, _within(request.dialect)), parameters, weights, equal)
     if request.sweep is None:
         plain.method.resolve(parameters)
@@ -106,7 +109,9 @@ def _sources(given: Sequence[str]) -> tuple[Source, ...]:
     for text in given:
         match = None if storage.exists(text) else _NAMED.fullmatch(text)
         location = storage.resolve(os.getcwd(), match["location"] if match else text)
-        sources.append(Source(match["name"] if match else storage.name_of(location), text, location))
+        sources.append(
+            Source(match["name"] if match else storage.name_of(location).removesuffix(".safetensors"), text, location)
+        )
     first: dict[str, Source] = {}
     for source in sources:
         other = first.setdefault(source.name, source)

@@ -11,7 +11,7 @@ from raymerge.adapters import LoraModule
 from raymerge.merging.methods import subspace
 from raymerge.merging.methods.subspace import iso_c, knots, tsv
 from raymerge.merging.rank import parse_rank
-from raymerge.merging.site import Factored, Site, Weighted
+from raymerge.merging.site import Dense, Factored, Site, Weighted
 
 SHAPE = (12, 15)
 METHODS = {
@@ -52,6 +52,8 @@ def deltas(one):
 def formed(one, combined):
     if isinstance(combined, Weighted):
         return sum(c * d for c, d in zip(combined.coefficients, deltas(one), strict=True))
+    if isinstance(combined, Dense):
+        return combined.delta.double()
     assert isinstance(combined, Factored)
     return sum(f.weight * (f.B.double() @ f.A.double()) for f in combined.factors)
 
@@ -234,8 +236,9 @@ def test_experts_without_a_say_change_nothing_but_the_mean(name, kind):
 
 
 @every
-def test_zero_deltas_give_zero(name):
-    anchor = module(50, 2)
+@pytest.mark.parametrize("rank", [2, 9])
+def test_zero_deltas_give_zero(name, rank):
+    anchor = module(50, rank)
     for one in (site([None, None], (1, 2)), site([anchor, anchor], (1, 2), anchor), site(experts(), (0, 0, 0))):
         assert norm(merged(name, one)) == 0.0
 

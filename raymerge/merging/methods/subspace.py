@@ -8,22 +8,24 @@ of shape (n, 1)) are summed linearly, as the papers average what is no matrix.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 from raymerge.merging.exact import NOTHING, squared_terms
 from raymerge.merging.factors import Factor, stack
 from raymerge.merging.lowrank import truncate
 from raymerge.merging.rank import RankRule, chosen_rank
-from raymerge.merging.site import Combined, Factored, Site, Weighted
+from raymerge.merging.site import Combined, Dense, Factored, Site, Weighted
 
 _EXACT = RankRule("exact")
 _SAME = 1e-12  # share of the largest eigenvalue below which unit vectors do not differ: 1e-6 of a length
-_TILE = 2**20  # entries of the coordinates at a time
+_TILE = 2**17  # entries of the coordinates at a time: the sums over them stay in the cache
+_LOT = 16  # experts at a time
 _NOISE = {torch.float32: 2e-6, torch.float64: 1e-10}  # of an expert's largest coordinate: a smaller one is rounding
 _EVEN = {torch.float32: 1e-6, torch.float64: 1e-12}  # relative difference at which two sums are even
 
@@ -40,17 +42,38 @@ def tsv(site: Site) -> Combined:
     """
     if site.shape[1] == 1:
         return Weighted(site.weights)
-    left, values, right = [], [], []
+    anchored = 0 if site.anchor is None else site.anchor.rank * len(site.names)
+    if sum(site.ranks) + anchored > max(site.shape):
+        return _dense_tsv(site)
+    parts = list(_weighted_svds(site))
+    if not parts:
+        return Weighted([0.0] * len(site.names))
+    U, V = torch.cat([U for U, _, _ in parts], 1), torch.cat([Vh for _, _, Vh in parts]).T
+    values = torch.cat([values for _, values, _ in parts])
+    return Factored([Factor(U @ _root(U.T @ U) * values, _root(V.T @ V) @ V.T)])
+
+
+def _dense_tsv(site: Site) -> Combined:
+    """The same of more directions than rows or columns: as the polar factor of U is also (U U^T)^-1/2 U, only sums
+    over the experts are kept, and memory does not grow with their number."""
+    out, into = site.shape
+    sums: tuple[Tensor, Tensor, Tensor] | None = None
+    for U, values, Vh in _weighted_svds(site):
+        sums = sums or (U.new_zeros(out, out), U.new_zeros(out, into), U.new_zeros(into, into))
+        sums[0].addmm_(U, U.T)
+        sums[1].addmm_(U * values, Vh)
+        sums[2].addmm_(Vh.T, Vh)
+    if sums is None:
+        return Weighted([0.0] * len(site.names))
+    return Dense(_root(sums[0]) @ sums[1] @ _root(sums[2]))
+
+
+def _weighted_svds(site: Site) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """U, w_i times the singular values, and V^T of each delta with a weight."""
     for weight, factors in zip(site.weights, site.deltas(), strict=True):
         found = _singular(site.shape, factors) if weight != 0 and factors else None
         if found is not None:
-            left.append(found[0])
-            values.append(found[1] * weight)
-            right.append(found[2])
-    if not left:
-        return Weighted([0.0] * len(site.names))
-    U, V = _polar(torch.cat(left, 1)), _polar(torch.cat(right).T)
-    return Factored([Factor(U * torch.cat(values), V.T)])
+            yield found[0], found[1] * weight, found[2]
 
 
 def iso_c(site: Site) -> Combined:
@@ -107,8 +130,8 @@ def knots(site: Site, *, density: float, majority_sign: Literal["total", "freque
     lines = max(_TILE // into, 1)
     for start in range(0, K, lines):
         rows = slice(start, min(start + lines, K))
-        kept = (expert.kept(rows, floor) for expert, floor in zip(experts, floors, strict=True))
-        merged[rows] = whole * _elected_mean(kept, [expert.weight for expert in experts], majority_sign)
+        kept = ((expert.weight, expert.kept(rows, floor)) for expert, floor in zip(experts, floors, strict=True))
+        merged[rows] = whole * _elected_mean(kept, majority_sign)
     return Factored([Factor(U, merged)])
 
 
@@ -121,7 +144,7 @@ class _Expert:
     Q: Tensor
 
     def threshold(self, density: float) -> float:
-        """Magnitude from which on a coordinate is kept: that of the last one kept, and never of rounding size."""
+        """Magnitude above which a coordinate is kept: just below that of the last one, and never of rounding size."""
         sizes = (self.P @ self.Q).abs_().flatten()
         noise = float(sizes.max()) * _NOISE[sizes.dtype]
         kept = max(int(density * sizes.numel() + 1e-9), 1)  # 0.29 * 100 < 29
@@ -131,9 +154,8 @@ class _Expert:
         return max(last * (1 - _EVEN[sizes.dtype]), noise)  # equal ones are kept all, whatever their last bit
 
     def kept(self, rows: slice, threshold: float) -> Tensor:
-        """Some rows of the coordinates, 0 where they are below a threshold."""
-        coordinates = self.P[rows] @ self.Q
-        return coordinates.masked_fill_(coordinates.abs() < threshold, 0.0)
+        """Some rows of the coordinates, 0 where they are not above a threshold."""
+        return hardshrink(self.P[rows] @ self.Q, threshold)
 
 
 def _smallest(sizes: Tensor, index: int) -> float:
@@ -145,19 +167,24 @@ def _smallest(sizes: Tensor, index: int) -> float:
     return float(array[index])
 
 
-def _elected_mean(kept: Iterator[Tensor], weights: Sequence[float], majority_sign: str) -> Tensor:
+def _elected_mean(kept: Iterable[tuple[float, Tensor]], majority_sign: str) -> Tensor:
     """sum(w_i x_i) / sum(|w_i|) over the experts whose w_i x_i has the elected sign, entry by entry; 0 where none has
-    one."""
-    above = below = above_weight = below_weight = votes = torch.zeros(())
-    for weight, coordinates in zip(weights, kept, strict=True):
-        x = coordinates.mul_(weight)
-        above, below = above + x.clamp(min=0), below + x.clamp(max=0)
-        above_weight = above_weight + (x > 0).to(x.dtype) * abs(weight)
-        below_weight = below_weight + (x < 0).to(x.dtype) * abs(weight)
+    one. kept: (w_i, x_i), of which x_i is overwritten."""
+    sums: list[Tensor] = []
+    for weight, x in kept:
+        if not sums:
+            sums = [torch.zeros_like(x) for _ in range(5)]
+        above, below, above_weight, below_weight, votes = sums
+        x.mul_(weight)
+        above.add_(x.clamp(min=0))
+        below.add_(x.clamp(max=0))
+        sign = x.sign_()  # adding signs is many times quicker than adding what comparisons give
+        above_weight.add_(sign.clamp(min=0), alpha=abs(weight))
+        below_weight.add_(sign.clamp(max=0), alpha=-abs(weight))
         if majority_sign == "frequency":
-            votes = votes + x.sign()
+            votes.add_(sign)
     total = above + below
-    total = total.masked_fill(total.abs() <= _EVEN[total.dtype] * (above - below), 0.0)
+    total.masked_fill_(total.abs() <= _EVEN[total.dtype] * (above - below), 0.0)
     elected = torch.where(votes != 0, votes, total) if majority_sign == "frequency" else total
     means = torch.where(elected > 0, above / above_weight, below / below_weight)
     return means.masked_fill_(elected == 0, 0.0)
@@ -185,7 +212,14 @@ def _shared(site: Site) -> tuple[Tensor, list[_Expert]] | None:
     if not parts:
         return None
     U = _left_basis(site.shape[0], [X for _, X, _ in parts])
-    return U, [_Expert(weight, (U.T @ X).to(dtype), Q.to(dtype)) for weight, X, Q in parts]
+    lots = [parts[start : start + _LOT] for start in range(0, len(parts), _LOT)]
+    P = [p for lot in lots for p in _coordinates(U, [X for _, X, _ in lot], dtype)]
+    return U, [_Expert(weight, p, Q.to(dtype)) for (weight, _, Q), p in zip(parts, P, strict=True)]
+
+
+def _coordinates(U: Tensor, parts: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    """U^T X of several X (out, r_i) at once: products of a few columns are slow."""
+    return torch.split((U.T @ torch.cat(list(parts), 1)).to(dtype), [X.shape[1] for X in parts], 1)
 
 
 def _left_basis(out: int, parts: Sequence[Tensor]) -> Tensor:
@@ -216,13 +250,11 @@ def _singular(shape: tuple[int, int], factors: Sequence[Factor]) -> tuple[Tensor
     return found.B[:, live] / roots, values[live], found.A[live] / roots[:, None]
 
 
-def _polar(X: Tensor) -> Tensor:
-    """P Q^T of the thin SVD X = P D Q^T, of those singular values that are not zero but for rounding."""
-    wide = X.shape[1] > X.shape[0]
-    values, Z = torch.linalg.eigh(X @ X.T if wide else X.T @ X)
+def _root(G: Tensor) -> Tensor:
+    """G^-1/2 of a symmetric matrix (n, n), on those directions that are not zero but for rounding."""
+    values, Z = torch.linalg.eigh(G)
     live = values > _SAME * float(values[-1])
-    root = (Z[:, live] * values[live].rsqrt()) @ Z[:, live].T
-    return torch.mm(root, X) if wide else torch.mm(X, root)
+    return torch.mm(Z[:, live] * values[live].rsqrt(), Z[:, live].T)
 
 
 def _summed(site: Site) -> Iterator[Factor]:

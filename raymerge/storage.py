@@ -238,17 +238,28 @@ def _list_remote(location: str) -> Iterator[FileInfo]:
 
 def list_folders(location: str) -> list[str]:
     """Names of the folders directly below a folder, sorted; none if it is missing."""
+    return sorted(name for name, is_folder in _entries(location) if is_folder)
+
+
+def list_names(location: str) -> list[str]:
+    """Names of the files and folders directly below a folder, sorted; none if it is missing."""
+    return sorted(name for name, _ in _entries(location) if not name.startswith("."))
+
+
+def _entries(location: str) -> list[tuple[str, bool]]:
+    """What lies directly below a folder: name, and whether it is a folder."""
     if not is_uri(location):
         if not os.path.isdir(location):
             return []
-        return sorted(entry.name for entry in os.scandir(location) if entry.is_dir())
+        with _asking(location):
+            return [(entry.name, entry.is_dir()) for entry in os.scandir(location)]
     import pyarrow.fs
 
     filesystem, path = _filesystem(location)
     selector = pyarrow.fs.FileSelector(path, recursive=False, allow_not_found=True)
     with _asking(location):
         infos = filesystem.get_file_info(selector)
-    return sorted(i.base_name for i in infos if i.type == pyarrow.fs.FileType.Directory)
+    return [(i.base_name, i.type == pyarrow.fs.FileType.Directory) for i in infos]
 
 
 def file_info(location: str) -> FileInfo:

@@ -1,4 +1,4 @@
-"""LoRA adapters as data: read exactly as PEFT means them, or refused by name."""
+"""LoRA adapters as data: read exactly as PEFT or mlx-lm means them, or refused by name."""
 
 from __future__ import annotations
 
@@ -6,32 +6,50 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __all__ = [
+    "FORMATS",
     "Catalogue",
     "LoraAdapter",
     "LoraModule",
     "ModuleHeader",
     "encode_adapter",
+    "format_of",
     "load_adapter",
     "open_adapter",
     "read_adapter",
+    "read_header",
     "save_adapter",
+    "weight_files",
 ]
 
 if TYPE_CHECKING:
     from raymerge.adapters.adapter import LoraAdapter, LoraModule, ModuleHeader
     from raymerge.adapters.catalogue import Catalogue
-    from raymerge.adapters.peft import encode_adapter, load_adapter, open_adapter, read_adapter, save_adapter
+    from raymerge.adapters.formats import (
+        FORMATS,
+        encode_adapter,
+        format_of,
+        load_adapter,
+        open_adapter,
+        read_adapter,
+        read_header,
+        save_adapter,
+        weight_files,
+    )
 
 _HOME = {
+    "FORMATS": "formats",
     "Catalogue": "catalogue",
     "LoraAdapter": "adapter",
     "LoraModule": "adapter",
     "ModuleHeader": "adapter",
-    "encode_adapter": "peft",
-    "load_adapter": "peft",
-    "open_adapter": "peft",
-    "read_adapter": "peft",
-    "save_adapter": "peft",
+    "encode_adapter": "formats",
+    "format_of": "formats",
+    "load_adapter": "formats",
+    "open_adapter": "formats",
+    "read_adapter": "formats",
+    "read_header": "formats",
+    "save_adapter": "formats",
+    "weight_files": "formats",
 }
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from raymerge import storage
-from raymerge.adapters.peft import CONFIG, AdapterHeader, open_adapter, read_adapter, read_header
+from raymerge.adapters.formats import CONFIG, AdapterHeader, open_adapter, read_adapter, read_header
 from raymerge.errors import AdapterError, did_you_mean
 
 if TYPE_CHECKING:
@@ -25,7 +25,9 @@ class Catalogue:
 
     @classmethod
     def from_template(cls, template: str) -> Catalogue:
-        """The adapters that exist where a location like `/data/{persona}/v7` says, by one listing.
+        """The adapters that exist where a location like `/data/{persona}/v7` says, by one listing, in any format.
+
+        A location that ends in `.safetensors` names a checkpoint in MLX's form.
 
         Raises AdapterError if the template has not exactly one place for the name.
         """
@@ -36,8 +38,9 @@ class Catalogue:
             )
         before, after = template.split(places[0])
         folder, _, start = before.rpartition("/")
-        entry = re.compile(rf"{re.escape(start)}(?P<name>[^/]+){re.escape(after.rstrip('/'))}/{re.escape(CONFIG)}")
-        found = (entry.fullmatch(file.path) for file in storage.list_files(folder or "."))
+        file = after.rstrip("/") if after.endswith(".safetensors") else f"{after.rstrip('/')}/{CONFIG}"
+        entry = re.compile(rf"{re.escape(start)}(?P<name>[^/]+){re.escape(file)}")
+        found = (entry.fullmatch(info.path) for info in storage.list_files(folder or "."))
         names = sorted(match["name"] for match in found if match)
         return cls({name: template.replace(places[0], name) for name in names})
 

@@ -8,14 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from raymerge import storage
-from raymerge.adapters import LoraAdapter
-from raymerge.adapters.peft import encode_adapter, open_adapter, read_adapter
+from raymerge.adapters import LoraAdapter, encode_adapter, open_adapter, read_adapter, weight_files
 from raymerge.errors import AdapterError, MergeError, RaymergeError
 from raymerge.manifest import invalidate, is_complete, is_unfinished, write_artefact
 from raymerge.merging.merge import WHOLE, merge
 from raymerge.runtime.tasks import MergeTask
-
-WEIGHT_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 
 def adapter_digest(location: str) -> str:
@@ -23,7 +20,7 @@ def adapter_digest(location: str) -> str:
     if is_unfinished(location):
         raise AdapterError(f"{location}: this adapter was begun and not finished.\nWhat makes it failed or was killed.")
     try:
-        return storage.digest_value([storage.digest(storage.join(location, name)) for name in WEIGHT_FILES])
+        return storage.digest_value([storage.digest(file) for file in weight_files(location)])
     except OSError as error:
         raise AdapterError(f"{location}: there is no adapter.\n{error}") from error
 

@@ -31,7 +31,7 @@ _WEIGHTS = (
 
 def understand(request: Request) -> Meant:
     """Give a request its meaning; no adapter is read. Raises MergeError that names the option."""
-    sources = _sources(request.adapters)
+    sources = named_sources(request.adapters)
     weights = _weights(request, sources)
     parameters = {key: value_of(f"--param {key}", text) for key, text in request.parameters.items()}
     out = storage.resolve(os.getcwd(), request.out)
@@ -104,7 +104,8 @@ def _numbers(value: Any) -> Any:
     return value
 
 
-def _sources(given: Sequence[str]) -> tuple[Source, ...]:
+def named_sources(given: Sequence[str]) -> tuple[Source, ...]:
+    """Adapters by name, from locations or NAME=LOCATION. Raises MergeError if two have one name."""
     sources = []
     for text in given:
         match = None if storage.exists(text) else _NAMED.fullmatch(text)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.optimize import nnls
 from torch import Tensor
 
 from raymerge.errors import MergeError
@@ -157,6 +156,8 @@ def _check_half_sphere(site: Site, cosines: _Array, weights: _Array) -> None:
     for centre in (weights, equal):
         if (cosines @ _unit(centre, cosines)).min() > _OPPOSITE:
             return
+    from scipy.optimize import nnls
+
     values, vectors = np.linalg.eigh(cosines)
     root = (vectors * np.sqrt(np.clip(values, 0.0, None))).T
     ones = np.ones((1, len(weights)))

@@ -137,7 +137,8 @@ class LoraAdapter:
 
     whole: tensors that replace the base's, by the parameter's full name there (`lm_head.weight`), sorted; from trained
     modules, trained biases of the base and resized embeddings. modules_to_save, bias_mode: what PEFT's configuration
-    says of them, so that they are written as they were. notes: what the users of a merged one should know of its method.
+    says of them, so that they are written as they were. notes: what users of a merged adapter should know of its
+    method.
     """
 
     name: str

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,15 +22,14 @@ SILENT = frozenset({
 READ = frozenset({
     "peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "use_rslora", "rank_pattern",
     "alpha_pattern", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
-    "bias", "init_lora_weights",
+    "bias", "init_lora_weights", "lora_bias", "modules_to_save", "use_dora",
 })  # fmt: skip
 # The start of a training that leaves the base as it is.
 HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+BIASES = ("none", "all", "lora_only")
 WHY = {
-    "use_dora": "DoRA's delta depends on the base's weights",
-    "lora_bias": "a bias is trained beside the delta",
-    "modules_to_save": "whole modules are stored, not deltas",
     "trainable_token_indices": "rows of the embedding are stored, not deltas",
+    "ensure_weight_tying": "embedding and head share what is trained",
     "layer_replication": "the adapter changes the base's layers",
     "target_parameters": "parameters are adapted, not modules",
     "kasa_config": "KaSA truncates the base and puts a diagonal between the factors",
@@ -44,7 +43,11 @@ WHY = {
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """A plain LoRA configuration. Patterns are (regular expression, value) in their order: the first match counts."""
+    """What a LoRA configuration says. Patterns are (regular expression, value) in their order: the first match counts.
+
+    bias: `none`, `all` or `lora_only`: which biases of the base were trained, and are stored whole. lora_bias: whether
+    each module has a bias of its own beside its factors. dora: whether it has a magnitude (DoRA, arXiv:2402.09353).
+    """
 
     rank: int
     alpha: float
@@ -58,6 +61,10 @@ class LoraSettings:
     fan_in_fan_out: bool
     base_model: str | None
     task_type: str | None
+    bias: str = "none"
+    lora_bias: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    dora: bool = False
 
     def rank_of(self, path: str) -> int:
         """Rank of a module by its path in the base."""
@@ -78,6 +85,10 @@ class LoraSettings:
             return _named(self.target_modules, path)
         return self.layers_to_transform is None or self._layer_of(path) in self.layers_to_transform
 
+    def saves(self, path: str) -> bool:
+        """Whether PEFT would train and save this module whole, or one that it is part of."""
+        return saves(self.modules_to_save, path)
+
     def _layer_of(self, path: str) -> int | None:
         patterns = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in self.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
         found = next((match for match in (re.match(p, path) for p in patterns) if match), None)
@@ -92,6 +103,13 @@ def _named(modules: str | tuple[str, ...] | None, path: str) -> bool:
     if isinstance(modules, str):
         return re.fullmatch(modules, path) is not None
     return any(path == module or path.endswith(f".{module}") for module in modules or ())
+
+
+def saves(modules_to_save: Sequence[str], path: str) -> bool:
+    """Whether a module is, or is part of, one whose name ends as modules_to_save says: what PEFT saves whole."""
+    parts = path.split(".")
+    above = [".".join(parts[: count + 1]) for count in range(len(parts))]
+    return any(module.endswith(name) for module in above for name in modules_to_save)
 
 
 def check_config(config: Any, where: str) -> LoraSettings:
@@ -119,6 +137,10 @@ def check_config(config: Any, where: str) -> LoraSettings:
             fan_in_fan_out=bool(config.get("fan_in_fan_out")),
             base_model=config.get("base_model_name_or_path") or None,
             task_type=config.get("task_type") or None,
+            bias=config.get("bias") or "none",
+            lora_bias=bool(config.get("lora_bias")),
+            modules_to_save=_strings(config.get("modules_to_save") or ()),
+            dora=bool(config.get("use_dora")),
         )
     except (TypeError, re.error) as error:
         raise AdapterError(f"{where}: adapter_config.json cannot be understood.\n{error}.") from error
@@ -136,10 +158,12 @@ def _check_type(config: Mapping[str, Any], where: str) -> None:
 
 
 def _check_options(config: Mapping[str, Any], where: str) -> None:
-    if config.get("bias", "none") not in (None, "none"):
+    if config.get("bias", "none") not in (None, *BIASES):
         raise UnsupportedAdapterError(
-            f"{where}: bias {config['bias']!r} stores whole biases, not deltas.\nOnly bias 'none' can be merged."
+            f"{where}: bias {config['bias']!r} is not known.\nExpected one of {', '.join(BIASES)}."
         )
+    if config.get("use_dora") and config.get("lora_bias"):
+        raise UnsupportedAdapterError(f"{where}: use_dora and lora_bias are both set, which PEFT does not support.")
     start = config.get("init_lora_weights", True)
     if (start.lower() if isinstance(start, str) else start) not in HARMLESS_STARTS:
         raise UnsupportedAdapterError(

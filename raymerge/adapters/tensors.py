@@ -68,7 +68,7 @@ def open_tensors(path: str, where: str) -> TensorFile:
     return TensorFile(path, tensors, {str(key): str(value) for key, value in dict(metadata).items()})
 
 
-_AGAIN = "Copy or save the adapter again."
+_AGAIN = "Copy or save it again."
 
 
 def _tensor_header(entry: Any, offset: int) -> TensorHeader:

@@ -77,12 +77,14 @@ class MultiLora:
     def load(self, adapters: Sequence[LoraAdapter]) -> None:
         """Attach these adapters, in this order, in place of all that were loaded.
 
-        Raises ModelError if an adapter names a module that the model lacks, or has another shape.
+        Raises ModelError if an adapter names a module that the model lacks, or has another shape;
+        UnsupportedAdapterError if one holds more than deltas of linear modules.
         """
         self.detach()
         linear = linear_modules(self.model)
         headers = [adapter.headers for adapter in adapters]
         for adapter, own in zip(adapters, headers, strict=True):
+            adapter.require_plain("cannot be run in a batch with others")
             check_fits(adapter.name, own, linear)
         self.names = tuple(adapter.name for adapter in adapters)
         for name in sorted({name for own in headers for name in own}):

@@ -98,7 +98,8 @@ def train(
     on_step: called with (adapter steps done, adapter steps in all) after each step.
     Loss: mean cross entropy over an adapter's own answer tokens (the end token included) in the batch. Optimiser:
     AdamW (Loshchilov and Hutter 2019) with linear warm-up and cosine decay.
-    Raises ModelError if settings are impossible, a group has no rows, or start_from does not fit.
+    Raises ModelError if settings are impossible, a group has no rows, or start_from does not fit;
+    UnsupportedAdapterError if start_from holds more than deltas of linear modules.
     """
     _check(groups, settings)
     layers = _targets(base, settings.target_modules)
@@ -160,6 +161,7 @@ def _targets(base: BaseModel, wanted: str | tuple[str, ...]) -> dict[str, nn.Mod
 
 
 def _check_start(start: LoraAdapter, layers: Mapping[str, nn.Module], settings: TrainingSettings) -> None:
+    start.require_plain("cannot be trained further")
     for name, header in start.headers.items():
         if name not in layers:
             raise ModelError(

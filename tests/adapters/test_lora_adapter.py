@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from raymerge.adapters import LoraAdapter, LoraModule
-from raymerge.errors import AdapterError
+from raymerge.errors import AdapterError, UnsupportedAdapterError
 
 
 def module(out=6, into=5, rank=2, dtype=torch.float32, scaling=1.0):
@@ -43,3 +43,32 @@ def test_modules_are_sorted_and_the_widest_dtype_counts():
     assert adapter.dtype == torch.float32
     assert adapter.nbytes == (10 + 12) * 6
     assert LoraAdapter("a", {"b": module(dtype=torch.bfloat16)}).dtype == torch.bfloat16
+
+
+def test_a_bias_has_one_value_for_each_output_and_counts():
+    one = LoraModule(torch.zeros(2, 5), torch.zeros(6, 2), 1.0, torch.zeros(6, dtype=torch.float64))
+    assert (one.dtype, one.header.biased, one.header.nbytes) == (torch.float64, True, 22 * 4 + 6 * 8)
+    with pytest.raises(AdapterError, match=r"bias does not fit its module: \(5,\)"):
+        LoraModule(torch.zeros(2, 5), torch.zeros(6, 2), 1.0, torch.zeros(5))
+
+
+@pytest.mark.parametrize(
+    ("module", "whole", "named"),
+    [
+        (module(), {}, None),
+        (LoraModule(torch.zeros(2, 5), torch.zeros(6, 2), 1.0, torch.zeros(6)), {}, r"trained biases.* \(q\)"),
+        (LoraModule(torch.zeros(2, 5), torch.zeros(6, 2), 1.0, embedding=True), {}, r"LoRA of an embedding \(q\)"),
+        (module(), {"n.weight": torch.zeros(3), "m.weight": torch.zeros(2, 2)}, r"whole tensors \(m.weight, ...\)"),
+    ],
+    ids=["plain", "bias", "embedding", "whole"],
+)
+def test_what_is_more_than_deltas_is_refused_where_only_these_are_used(module, whole, named):
+    adapter = LoraAdapter("persona_2", {"q": module}, whole=whole)
+    assert adapter.nbytes == module.header.nbytes + sum(tensor.nbytes for tensor in whole.values())
+    assert list(adapter.whole_shapes) == sorted(whole)
+    if named is None:
+        adapter.require_plain("cannot be run")
+        assert adapter.unusual == ""
+    else:
+        with pytest.raises(UnsupportedAdapterError, match=f"^persona_2: cannot be run, since it holds .*{named}"):
+            adapter.require_plain("cannot be run")

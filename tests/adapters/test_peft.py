@@ -210,10 +210,17 @@ def test_values_whose_sum_overflows_are_not_inf(folder):
     [
         (lambda t: t.pop(f"{Q}.lora_A.weight"), "q_proj has no lora_A"),
         (lambda t: t.update({f"{Q}.lora_A.weight": torch.zeros(3, 32)}), "does not have the rank"),
-        (lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.zeros(32)}), "DoRA"),
-        (lambda t: t.update({f"{Q}.lora_B.bias": torch.zeros(32)}), "lora_bias"),
-        (lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(64, 32)}), "whole tensor"),
-        (lambda t: t.update({"base_model.model.embed.lora_embedding_A": torch.zeros(2, 64)}), "LoRA of an embedding"),
+        (lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.zeros(32)}), "does not set use_dora"),
+        (lambda t: t.update({f"{Q}.lora_B.bias": torch.zeros(32)}), "does not set lora_bias"),
+        (lambda t: t.update({f"{Q}.lora_A.bias": torch.zeros(2)}), "bias of the first factor"),
+        (lambda t: t.update({f"{Q}.weight": torch.zeros(32, 32)}), "expects a base_layer"),
+        (lambda t: t.update({f"{Q}.bias": torch.zeros(32)}), "expects a base_layer"),
+        (lambda t: t.update({"base_model.model.mlp.base_layer.weight": torch.zeros(2, 2)}), "expects a base_layer"),
+        (lambda t: t.update({"base_model.model.model.scale": torch.zeros(32)}), "neither a factor nor a weight"),
+        (lambda t: t.update({"model.lm_head.weight": torch.zeros(64, 32)}), "named without"),
+        (lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(64, 32).int()}), "I32"),
+        (lambda t: t.update({"base_model.model.q_proj.lora_embedding_A": torch.zeros(2, 64)}), "no lora_embedding_B"),
+        (lambda t: t.update({f"{Q}.lora_embedding_{f}": torch.zeros(2, 2) for f in "AB"}), "of an embedding and of a"),
         (lambda t: t.update({f"{Q}.lora_A.default.weight": torch.zeros(2, 32)}), "under an adapter's name"),
         (lambda t: t.update({"model.q_proj.lora_A.weight": torch.zeros(2, 32)}), "named without"),
         (lambda t: t.update({f"{Q}.lora_diag": torch.zeros(2)}), "no factor of plain LoRA"),
@@ -236,7 +243,7 @@ def test_tensors_that_are_not_the_configured_lora_are_refused(folder, edit, name
 
 
 def test_what_is_missing_is_named(folder, tmp_path):
-    with pytest.raises(AdapterError, match=r"^nobody: adapter_config\.json is missing"):
+    with pytest.raises(AdapterError, match=r"nobody: there is no adapter"):
         read_adapter(str(tmp_path / "nobody"))
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(AdapterError, match=r"^persona_3: adapter_model\.safetensors is missing"):

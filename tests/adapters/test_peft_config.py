@@ -71,8 +71,8 @@ def test_where_only_the_base_could_tell_every_module_is_a_target(targets):
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("use_dora", True), ("lora_bias", True), ("bias", "lora_only"), ("bias", "all"),
-        ("modules_to_save", ["score"]), ("layer_replication", [[0, 4]]), ("target_parameters", ["x"]),
+        ("bias", "vera_only"), ("ensure_weight_tying", True),
+        ("layer_replication", [[0, 4]]), ("target_parameters", ["x"]),
         ("trainable_token_indices", [1]), ("init_lora_weights", "pissa"), ("init_lora_weights", "pissa_niter_16"),
         ("init_lora_weights", "olora"), ("init_lora_weights", "corda"), ("init_lora_weights", "loftq"),
         ("init_lora_weights", "lora_ga"), ("kasa_config", {"beta": 1e-4}), ("use_bdlora", {"nblocks": 2}),
@@ -86,6 +86,15 @@ def test_an_option_that_changes_the_delta_is_refused_by_name(option, value):
     with pytest.raises(UnsupportedAdapterError, match=rf"persona_7: .*{option}") as refusal:
         check_config({**PLAIN, option: value}, "persona_7")
     assert str(value if not isinstance(value, list | dict) else "") in str(refusal.value)
+
+
+def test_what_is_trained_beside_the_factors_is_understood():
+    settings = check_config({**PLAIN, "bias": "all", "lora_bias": True, "modules_to_save": ["score", "norm"]}, "a")
+    assert (settings.bias, settings.lora_bias, settings.modules_to_save) == ("all", True, ("score", "norm"))
+    assert not settings.dora
+    assert check_config({**PLAIN, "use_dora": True}, "a").dora
+    with pytest.raises(UnsupportedAdapterError, match="use_dora and lora_bias"):
+        check_config({**PLAIN, "use_dora": True, "lora_bias": True}, "a")
 
 
 @pytest.mark.parametrize("value", [None, False, [], {}, ""], ids=str)
@@ -127,10 +136,10 @@ def test_a_config_that_is_no_mapping_is_refused():
 
 
 REAL = {
-    "lora-rank32.json": "use_dora",  # named for its rank, and a DoRA all the same
+    "lora-rank32.json": None,  # named for its rank, and a DoRA all the same
     "lora-rank64-rslora.json": None,
     "lora-rank10-target-mlp.json": None,
-    "lora-rank32-dora.json": "use_dora",
+    "lora-rank32-dora.json": None,
     "lora-rank32-kasa.json": "kasa_config",
     "lora-rank14-target-mlp-bdlora.json": "use_bdlora",
     "adalora-rank32.json": "ADALORA",
@@ -143,6 +152,8 @@ REAL = {
     "vera-default.json": "VERA",
 }
 
+DORA = ("lora-rank32.json", "lora-rank32-dora.json")  # read with their base, refused without (test_dora.py)
+
 
 def test_real_configurations_are_accepted_or_refused_for_the_right_reason(test_data):
     found = sorted((test_data / "adapter-configs").glob("*.json"))
@@ -153,6 +164,7 @@ def test_real_configurations_are_accepted_or_refused_for_the_right_reason(test_d
             settings = check_config(config, file.name)
             assert settings.rank == config["r"]
             assert settings.use_rslora == config["use_rslora"]
+            assert settings.dora == config["use_dora"] == (file.name in DORA)
         else:
             with pytest.raises(UnsupportedAdapterError, match=reason):
                 check_config(config, file.name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from raymerge import manifest, storage
 from raymerge.adapters import mlx, peft
@@ -94,7 +94,7 @@ def open_adapter(location: str, name: str | None = None, *, base: BaseWeights | 
     """
     if format_of(location, name) == "mlx":
         return mlx.open_adapter(location, name, base=base)
-    return peft.open_adapter(_peft_folder(location, name), name, **_given(base))
+    return peft.open_adapter(_peft_folder(location, name), name, base=base)
 
 
 def read_adapter(
@@ -107,11 +107,7 @@ def read_adapter(
     """
     if format_of(location, name) == "mlx":
         return mlx.read_adapter(location, name, base=base)
-    return peft.read_adapter(_peft_folder(location, name), name, allow_pickle=allow_pickle, **_given(base))
-
-
-def _given(base: BaseWeights | None) -> dict[str, Any]:
-    return {} if base is None else {"base": base}
+    return peft.read_adapter(_peft_folder(location, name), name, allow_pickle=allow_pickle, base=base)
 
 
 def load_adapter(folder: str) -> LoraAdapter:

@@ -24,7 +24,6 @@ from raymerge.adapters import (
 )
 from raymerge.errors import AdapterError
 from raymerge.manifest import read_manifest
-from raymerge.runtime.experts import adapter_digest
 
 Q = "model.layers.3.self_attn.q_proj"
 FILES = {"peft": "adapter_model.safetensors", "mlx": "adapters.safetensors"}
@@ -70,9 +69,8 @@ def test_a_checkpoint_is_an_adapter(tmp_path):
     checkpoint = f"{folder}/0000100_adapters.safetensors"
     assert format_of(checkpoint) == "mlx"
     assert torch.equal(open_adapter(checkpoint).modules[Q].A, adapter_of(1).modules[Q].A)
-    assert adapter_digest(checkpoint) != adapter_digest(folder)
     assert read_header(f"file://{checkpoint}").weights == "0000100_adapters.safetensors"
-    assert adapter_digest(f"file://{checkpoint}") == adapter_digest(checkpoint)
+    assert weight_files(f"file://{checkpoint}")[0] == f"file://{checkpoint}"
 
 
 def test_another_file_is_no_adapter_in_peft_form(tmp_path):
@@ -122,8 +120,6 @@ def test_where_there_is_no_adapter_the_files_are_listed(tmp_path):
     assert second.endswith("found README.md, sub.")
     with pytest.raises(AdapterError, match=rf"^me: there is no adapter in {tmp_path}/none\.\n.*found nothing\.$"):
         open_adapter(f"{tmp_path}/none", "me")
-    with pytest.raises(AdapterError, match="there is no adapter"):
-        adapter_digest(str(tmp_path))
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -151,16 +147,6 @@ def test_an_unknown_format_is_answered_with_the_nearest(tmp_path):
     with pytest.raises(AdapterError, match=r"x: unknown format 'pefd'\. Did you mean peft"):
         save_adapter(adapter_of(), str(tmp_path / "a"), format="pefd")
     assert not (tmp_path / "a").exists()
-
-
-def test_digests_are_of_the_two_files(tmp_path):
-    for format in FORMATS:
-        folder = save(tmp_path / format, format)
-        before = adapter_digest(folder)
-        (tmp_path / format / "README.md").write_text("more")
-        assert adapter_digest(folder) == before
-        save(tmp_path / format, format, scaling=3.0)
-        assert adapter_digest(folder) != before
 
 
 def test_asking_what_is_there_needs_no_torch(tmp_path):

@@ -1,0 +1,56 @@
+"""Experts on a worker: what their digest is of, in each format."""
+
+import pytest
+import torch
+
+from raymerge.adapters import FORMATS, LoraAdapter, LoraModule, save_adapter
+from raymerge.errors import AdapterError
+from raymerge.manifest import invalidate
+from raymerge.runtime.experts import ExpertCache, adapter_digest
+
+
+def save(folder, format, value=1.0):
+    module = LoraModule(torch.full((2, 6), value), torch.ones(5, 2), 2.0)
+    save_adapter(LoraAdapter("x", {"q": module}), str(folder), format)
+    return str(folder)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_digest_is_of_weights_and_configuration(tmp_path, format):
+    folder = save(tmp_path / "a", format)
+    before = adapter_digest(folder)
+    (tmp_path / "a" / "README.md").write_text("more")
+    assert adapter_digest(folder) == before
+    save(tmp_path / "a", format, 3.0)
+    changed = adapter_digest(folder)
+    config = tmp_path / "a" / "adapter_config.json"
+    config.write_bytes(config.read_bytes() + b"\n")
+    assert len({before, changed, adapter_digest(folder)}) == 3
+
+
+def test_a_checkpoint_has_a_digest_of_its_own(tmp_path):
+    folder = save(tmp_path / "a", "mlx")
+    other = save(tmp_path / "b", "mlx", 3.0)
+    checkpoint = tmp_path / "a" / "0000100_adapters.safetensors"
+    checkpoint.write_bytes((tmp_path / "b" / "adapters.safetensors").read_bytes())
+    assert adapter_digest(str(checkpoint)) == adapter_digest(f"file://{checkpoint}") == adapter_digest(other)
+    assert adapter_digest(str(checkpoint)) != adapter_digest(folder)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_changed_adapter_is_read_again(tmp_path, format):
+    cache = ExpertCache(10**6)
+    folder = save(tmp_path / "a", format)
+    first = cache.read("a", folder)
+    assert cache.read("a", folder).modules["q"] is first.modules["q"]
+    save(tmp_path / "a", format, 3.0)
+    assert float(cache.read("a", folder).modules["q"].A.max()) == 3.0
+
+
+def test_what_is_missing_or_unfinished_has_no_digest(tmp_path):
+    with pytest.raises(AdapterError, match="there is no adapter"):
+        adapter_digest(str(tmp_path / "none"))
+    folder = save(tmp_path / "a", "mlx")
+    invalidate(folder)
+    with pytest.raises(AdapterError, match="begun and not finished"):
+        adapter_digest(folder)

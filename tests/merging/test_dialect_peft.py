@@ -162,7 +162,7 @@ def test_factors_of_ranks_that_differ_are_refused_as_peft_refuses_them(method):
         model.add_weighted_adapter(["p", "q"], [0.5, 0.5], "merged", combination_type=method, density=0.5)
     site = site_of([module_of(model, name) for name in "pq"], (0.5, 0.5))
     options = {"density": 0.5} if method != "linear" else {}
-    with pytest.raises(MergeError, match=r"first: peft's .* one rank.\nFound ranks 2, 4; .*svd"):
+    with pytest.raises(MergeError, match=r"^peft's .* one rank.\nFound ranks 2, 4; .*svd"):
         delta_of(site, method, **defaults(method, options))
 
 
@@ -250,3 +250,11 @@ def test_drops_differ_by_expert_tensor_and_seed_only():
     assert torch.equal(first, uniform(0, "a", "m", (50, 40)))
     for other in (uniform(1, "a", "m", (50, 40)), uniform(0, "b", "m", (50, 40)), uniform(0, "a", "n", (50, 40))):
         assert abs(float(((first < 0.5) == (other < 0.5)).float().mean()) - 0.5) < 5 * 0.5 / math.sqrt(2000)
+
+
+def test_trained_biases_are_lost_and_whole_tensors_refused():
+    module = LoraModule(torch.ones(1, 1), torch.randn(10, 1), 2.0)
+    assert not delta_of(site_of([module, module], (0.5, 0.5), "first.bias"), "ties", density=0.5, seed=0).any()
+    model = build([(4, 8)])
+    with pytest.raises(MergeError, match="stored whole"):
+        delta_of(site_of([module_of(model, "p")], [1.0], "head.weight"), "linear")

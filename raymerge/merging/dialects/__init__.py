@@ -21,10 +21,9 @@ __all__ = ["DIALECTS"]
 
 
 def _peft(function: str) -> Callable[..., Combined]:
-    from raymerge.merging.dialects import peft
+    from raymerge.merging.dialects.peft import combination
 
-    found: Callable[..., Combined] = getattr(peft, function)
-    return found
+    return combination(function)
 
 
 def _mergekit(function: str) -> Callable[..., Combined]:

@@ -36,9 +36,7 @@ def linear(site: Site, normalize: bool) -> Weighted:
     """The weighted sum, divided by the sum of the weights. Raises MergeError if that is 0."""
     total = math.fsum(site.weights) if normalize else 1.0
     if total == 0:
-        raise MergeError(
-            f"{site.path}: the weights sum to 0.\nmergekit's linear divides by their sum; normalize: false does not."
-        )
+        raise MergeError("the weights sum to 0.\nmergekit's linear divides by their sum; normalize: false does not.")
     return Weighted([weight / total for weight in site.weights])
 
 
@@ -173,7 +171,7 @@ def _ranked(site: Site, density: float, epsilon: float, seed: int) -> Sparsify |
         return None
     if density + epsilon >= 1 or density - epsilon <= 0:
         raise MergeError(
-            f"{site.path}: epsilon {epsilon:g} does not go with density {density:g}.\n"
+            f"epsilon {epsilon:g} does not go with density {density:g}.\n"
             "mergekit wants density - epsilon and density + epsilon within (0, 1)."
         )
 

@@ -23,7 +23,7 @@ def slerp(site: Site, t: float | None) -> Weighted:
     if t is None:
         total = math.fsum(site.weights)
         if total <= 0:
-            raise MergeError(f"{site.path}: slerp needs t, or weights that are not all 0.")
+            raise MergeError("slerp needs t, or weights that are not all 0.")
         t = site.weights[1] / total
     gram = site.gram()
     norms = [math.sqrt(max(float(gram[i, i]), 0.0)) for i in (0, 1)]
@@ -56,9 +56,7 @@ def karcher(site: Site, max_iter: int, tol: float) -> Weighted:
         angles = dots.acos()
         steps = torch.where(valid & (angles >= tol), shares * angles / angles.sin(), 0.0)
         if bool((dots[valid] < -1 + _OPPOSITE).any()):
-            raise MergeError(
-                f"{site.path}: a delta is opposite to the mean of all.\nmergekit's karcher divides by zero there."
-            )
+            raise MergeError("a delta is opposite to the mean of all.\nmergekit's karcher divides by zero there.")
         tangent = steps - (steps * dots).sum() * mean
         length = _norm(tangent, cosines)
         if length < tol:
@@ -118,6 +116,4 @@ def _row_products(site: Site) -> Tensor:
 def no_weights(site: Site, name: str) -> None:
     """Raise MergeError if the weights differ, which a method of mergekit's cannot take into account."""
     if len(set(site.weights)) > 1:
-        raise MergeError(
-            f"{site.path}: mergekit's {name} has no weights, but these differ.\nGive all experts the same weight."
-        )
+        raise MergeError(f"mergekit's {name} has no weights, but these differ.\nGive all experts the same weight.")

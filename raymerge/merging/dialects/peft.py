@@ -2,14 +2,15 @@
 
 The types that end in svd act on the deltas and leave compression to their caller, as `svd` and `cat` do here. All
 others act on A and on B apart, each at the square root of weight times scaling, with the sign of the weight on A; their
-result therefore depends on how a delta is written as a product. One adapter alone is always merged by `linear`. Biases
-of LoRA modules are no part of it, and under rsLoRA PEFT multiplies its result by the square root of the new rank.
+result therefore depends on how a delta is written as a product. One adapter alone is always merged by `linear`. Under
+rsLoRA PEFT multiplies its result by the square root of the new rank, which is left out here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,21 @@ from raymerge.merging.site import Combined, Dense, Factored, Site, Weighted
 
 # From a tensor, the name of its expert and of the tensor to the tensor with some entries dropped.
 Prune = Callable[[Tensor, str, str], Tensor]
+
+
+def combination(name: str) -> Callable[..., Combined]:
+    """The function of a combination type. Trained biases of LoRA modules get zeros, as PEFT gives them to its new
+    adapter. Raises MergeError for a tensor that is stored whole, which PEFT does not merge either."""
+    function = _TYPES[name]
+
+    def combine(site: Site, **parameters: Any) -> Combined:
+        if site.path.endswith(".weight"):
+            raise MergeError("peft cannot merge tensors that are stored whole (modules_to_save).\nUse dialect delta.")
+        if site.path.endswith(".bias"):
+            return Weighted([0.0] * len(site.names))
+        return function(site, **parameters)
+
+    return combine
 
 
 def linear(site: Site) -> Factored:
@@ -87,7 +103,7 @@ def _by_factors(site: Site, name: str, prune: Prune | None, majority: Majority |
     ranks = sorted({rank for rank in site.ranks if rank})
     if len(ranks) > 1:
         raise MergeError(
-            f"{site.path}: peft's {name} needs adapters of one rank.\nFound ranks {', '.join(map(str, ranks))}; "
+            f"peft's {name} needs adapters of one rank.\nFound ranks {', '.join(map(str, ranks))}; "
             f"{'cat or svd' if name == 'linear' else f'{name}_svd'} takes any."
         )
     sums = {letter: _start(majority) for letter in "AB"}
@@ -151,3 +167,12 @@ def _given(density: float | None) -> float:
     if density is None:
         raise MergeError("density is missing.\nPEFT has no default for it: give a share above 0 and at most 1.")
     return density
+
+
+_TYPES: Mapping[str, Callable[..., Combined]] = {
+    function.__name__: function
+    for function in (
+        linear, cat, svd, magnitude_prune, magnitude_prune_svd, ties, ties_svd, dare_linear, dare_linear_svd, dare_ties,
+        dare_ties_svd,
+    )
+}  # fmt: skip

@@ -67,6 +67,7 @@ class Inputs:
             anchor,
             self.rule,
             read,
+            self.kept(path),
         )
 
 

@@ -115,7 +115,7 @@ def merge(
     with torch.no_grad():
         for path in inputs.headers:
             site = merging.site(path)
-            truncated = _truncate(site, merging.combined(site), factor, inputs.kept(path))
+            truncated = _truncate(site, merging.combined(site), factor)
             found[path] = _narrowed(truncated) if later else rounded(truncated, 1.0, target)
         final = _matched(merging, [one.norm for one in found.values()]) if later else 1.0
         done: dict[str, Compressed] = {}
@@ -228,22 +228,23 @@ def _check_dialect(dialect: str, anchor: LoraAdapter | None, scale: Scale) -> No
         raise MergeError("dialect peft has no scale.\nMultiply the weights, or use dialect delta.")
 
 
-def _truncate(site: Site, combined: Combined, scale: float, kept: int) -> Truncation:
+def _truncate(site: Site, combined: Combined, scale: float) -> Truncation:
     """anchor + scale * merged, at the best rank that the site's rule allows."""
     anchor = site.anchor
     if isinstance(combined, Dense):
         S = combined.delta.double() * scale
         if anchor is not None:
             S.addmm_(anchor.B.double(), anchor.A.double(), alpha=anchor.scaling)
-        return truncate_formed(S, site.rule, kept)
+        return truncate_formed(S, site.rule, site.kept)
     if isinstance(combined, Weighted):
         coefficients = [scale * c for c in combined.coefficients]
         ranks = [*site.ranks, 0 if anchor is None else anchor.rank]
-        return truncate(site.shape, ranks, lambda: _weighted(site, coefficients), site.rule, kept=kept)
+        return truncate(site.shape, ranks, lambda: _weighted(site, coefficients), site.rule, kept=site.kept)
     factors = [f._replace(weight=f.weight * scale) for f in combined.factors]
     if anchor is not None:
         factors.append(Factor(anchor.B, anchor.A, anchor.scaling))
-    return truncate(site.shape, [f.rank for f in factors], lambda: factors, site.rule, kept=kept)
+    rule = RankRule("exact") if combined.cut and anchor is None else site.rule
+    return truncate(site.shape, [f.rank for f in factors], lambda: factors, rule, kept=site.kept)
 
 
 def _weighted(site: Site, coefficients: Sequence[float]) -> Iterator[Factor]:

@@ -21,7 +21,8 @@ class Site:
     path: of the module in the base model. shape: of the delta, (out_features, in_features). names, weights: of the
     experts, the weights as they are at this module. ranks: of the experts' modules, 0 where one lacks it. anchor: its
     module, or None. rule: the rank asked for. read: the experts' modules one after the other, None where one lacks it;
-    each call reads them anew, so that no more than one need be in memory.
+    each call reads them anew, so that no more than one need be in memory. nominal: the rank that `rank: keep` means, where
+    it is not the largest of the factors' (dense deltas written as products).
     """
 
     path: str
@@ -32,6 +33,14 @@ class Site:
     anchor: LoraModule | None
     rule: RankRule
     read: Callable[[], Iterator[LoraModule | None]]
+    nominal: int | None = None
+
+    @property
+    def kept(self) -> int:
+        """What `rank: keep` means here: the largest rank among the experts and the anchor."""
+        if self.nominal is not None:
+            return self.nominal
+        return max(*self.ranks, 0 if self.anchor is None else self.anchor.rank)
 
     def deltas(self) -> Iterator[list[Factor]]:
         """Each expert's delta, measured from the anchor, as a sum of products; an empty list where it is zero.
@@ -63,9 +72,10 @@ class Weighted:
 
 @dataclass(frozen=True)
 class Factored:
-    """A sum of low-rank products, of the shape of the site."""
+    """A sum of low-rank products, of the shape of the site. cut: it has been cut to the rank asked for."""
 
     factors: Sequence[Factor]
+    cut: bool = False
 
 
 @dataclass(frozen=True)

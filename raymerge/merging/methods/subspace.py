@@ -89,8 +89,7 @@ def iso_c(site: Site) -> Combined:
         return Weighted(site.weights)
     ranks = [rank if weight != 0 else 0 for rank, weight in zip(site.ranks, site.weights, strict=True)]
     anchored = 0 if site.anchor is None else site.anchor.rank
-    kept = max(*site.ranks, anchored)
-    found = truncate(site.shape, [*ranks, anchored], lambda: _summed(site), site.rule, kept=kept)
+    found = truncate(site.shape, [*ranks, anchored], lambda: _summed(site), site.rule, kept=site.kept)
     if found.norm == 0:
         return Weighted([0.0] * len(site.names))
     left, right = found.B.double().norm(dim=0), found.A.double().norm(dim=1)
@@ -98,7 +97,7 @@ def iso_c(site: Site) -> Combined:
     energies = values.square().tolist()
     rank = chosen_rank(_EXACT, len(energies), energies, math.fsum(energies))
     U, V = found.B[:, :rank] / left[:rank], found.A[:rank] / right[:rank, None]
-    return Factored([Factor(U, V, float(values[:rank].mean()))])
+    return Factored([Factor(U, V, float(values[:rank].mean()))], cut=True)
 
 
 def knots(site: Site, *, density: float, majority_sign: Literal["total", "frequency"] = "total") -> Combined:

@@ -41,6 +41,8 @@ def test_round_trip_listing_and_removal(folder):
     assert storage.read_json(storage.join(folder, "c.json")) == {"a": [None], "b": 1}
     assert [(f.path, f.size) for f in storage.list_files(folder)][:1] == [("a/b.bin", 4)]
     assert storage.list_folders(folder) == ["a"]
+    assert storage.list_names(folder) == ["a", "c.json"]
+    assert storage.list_names(storage.join(folder, "none")) == []
     storage.remove(storage.join(folder, "a"))
     assert not storage.exists(place)
     assert [f.path for f in storage.list_files(folder)] == ["c.json"]

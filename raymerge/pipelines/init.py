@@ -62,7 +62,7 @@ def _find_adapters(folder: str) -> tuple[str, Sequence[str]]:
     if not found:
         raise ProjectError(
             f"{folder}: holds no adapters.\n"
-            "Expected folders with adapter_config.json and its weights in PEFT's or MLX's form, here or one folder below."
+            "Expected folders with adapter_config.json and weights in PEFT's or MLX's form, here or one folder below."
         )
     template = max(found, key=lambda t: (len(found[t]), t))
     return template, sorted(found[template])

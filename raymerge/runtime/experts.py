@@ -9,6 +9,7 @@ from typing import Any
 
 from raymerge import storage
 from raymerge.adapters import LoraAdapter, encode_adapter, open_adapter, read_adapter, weight_files
+from raymerge.adapters.mlx import folder_of
 from raymerge.errors import AdapterError, MergeError, RaymergeError
 from raymerge.manifest import invalidate, is_complete, is_unfinished, write_artefact
 from raymerge.merging.merge import WHOLE, merge
@@ -17,7 +18,7 @@ from raymerge.runtime.tasks import MergeTask
 
 def adapter_digest(location: str) -> str:
     """Content digest of an adapter's files. Raises AdapterError if one is missing, or it was never finished."""
-    if is_unfinished(location):
+    if is_unfinished(folder_of(location)):
         raise AdapterError(f"{location}: this adapter was begun and not finished.\nWhat makes it failed or was killed.")
     try:
         return storage.digest_value([storage.digest(file) for file in weight_files(location)])

@@ -52,5 +52,6 @@ def test_what_is_missing_or_unfinished_has_no_digest(tmp_path):
         adapter_digest(str(tmp_path / "none"))
     folder = save(tmp_path / "a", "mlx")
     invalidate(folder)
-    with pytest.raises(AdapterError, match="begun and not finished"):
-        adapter_digest(folder)
+    for location in (folder, f"{folder}/adapters.safetensors"):
+        with pytest.raises(AdapterError, match="begun and not finished"):
+            adapter_digest(location)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from raymerge import storage
 from raymerge.adapters.formats import encode_adapter, open_adapter, read_adapter, weight_files
-from raymerge.errors import AdapterError, MergeError
+from raymerge.errors import AdapterError, MergeError, ModelError
 from raymerge.manifest import is_complete, is_unfinished, read_manifest, write_artefact
 from raymerge.merging.rank import parse_rank
 from raymerge.pipelines import fusion_report
@@ -63,7 +63,7 @@ def fuse(request: Request) -> int:
     loaded = _load(meant)
     keys = [_key(meant, loaded, fusion) for fusion in meant.fusions]
     done = [is_complete(fusion.folder, key) for fusion, key in zip(meant.fusions, keys, strict=True)]
-    check_folders(meant, done)
+    check_folders(meant, done, loaded.digests)
     console = Console()
     found, failed = _make(meant, loaded, keys, done, console)
     if request.sweep is not None:
@@ -136,6 +136,8 @@ def _digest(location: str, name: str) -> str:
 
 def _state(location: str) -> Any:
     """A base model's files by size and time: they are too large to be digested for every fuse."""
+    if not storage.exists(location):
+        raise ModelError(f"{location}: there is no base model.\nExpected a folder with safetensors weights.")
     return [location, [[file.path, file.size, file.mtime] for file in storage.list_files(location)]]
 
 

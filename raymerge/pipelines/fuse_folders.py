@@ -17,8 +17,9 @@ ADAPTER_FILES = (
 )  # fmt: skip
 
 
-def check_folders(meant: Meant, done: Sequence[bool]) -> None:
-    """Raise StorageError if a folder to be written holds anything but an unfinished fuse, or one that may go."""
+def check_folders(meant: Meant, done: Sequence[bool], digests: Sequence[str]) -> None:
+    """Raise StorageError if a folder to be written holds anything but an unfinished fuse, or one that may go. digests:
+    of the adapters, in the order given."""
     out = storage.resolve(os.getcwd(), meant.request.out)
     if meant.request.sweep is not None and not _may_hold_sweep(out):
         raise StorageError(f"{out}: is not empty, and holds no sweep.\nChoose another --out.")
@@ -34,7 +35,7 @@ def check_folders(meant: Meant, done: Sequence[bool]) -> None:
         if not meant.request.force:
             raise StorageError(
                 f"{fusion.folder}: holds another fuse.\n"
-                f"{_difference(meant, fusion)}Choose another --out, or replace it with --force."
+                f"{_difference(meant, fusion, digests)}Choose another --out, or replace it with --force."
             )
 
 
@@ -51,12 +52,25 @@ def _is_fused(folder: str) -> bool:
     return {"merges", "figures", "command"} <= set(read_manifest(folder) or {})
 
 
-def _difference(meant: Meant, fusion: Fusion) -> str:
-    """In what the fuse in a folder differs from the one wanted, a line for each; empty where only inputs do."""
-    there = (read_manifest(fusion.folder) or {})["merges"]
+def _difference(meant: Meant, fusion: Fusion, digests: Sequence[str]) -> str:
+    """In what the fuse in a folder differs from the one wanted, a line for each; empty where only the base does."""
+    there = read_manifest(fusion.folder) or {}
+    before = {expert["name"]: expert for expert in there["experts"]}
+    now = dict(zip([source.name for source in meant.sources], zip(fusion.weights, digests, strict=True), strict=True))
+    found = []
+    if set(before) != set(now):
+        found.append(f"adapters: {', '.join(sorted(before))} there, {', '.join(sorted(now))} now")
+    for name in sorted(set(before) & set(now)):
+        if before[name]["digest"] != now[name][1]:
+            found.append(f"{name}: its files have changed")
+        if before[name]["weight"] != now[name][0]:
+            found.append(f"weight of {name}: {before[name]['weight']!r} there, {now[name][0]!r} now")
     wanted = merges_of(meant, fusion)
-    changed = [key for key in wanted if key != "dtype" and there.get(key) != wanted[key]]
-    return "".join(f"{key}: {there.get(key)!r} there, {wanted[key]!r} now\n" for key in changed)
+    if wanted["dtype"] is None:  # the manifest says which one that was
+        del wanted["dtype"]
+    changed = [key for key in wanted if there["merges"].get(key) != wanted[key]]
+    found += [f"{key}: {there['merges'].get(key)!r} there, {wanted[key]!r} now" for key in changed]
+    return "".join(f"{line}\n" for line in found)
 
 
 def clear(folder: str) -> None:

@@ -1,4 +1,4 @@
-"""`raymerge fuse`: what it writes is the merge, its figures are those of the dense deltas, and nothing is overwritten."""
+"""`raymerge fuse`: it writes what merge gives, its figures are those of the dense deltas, nothing is overwritten."""
 
 import json
 import re
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.pipelines.conftest import SHAPES, make_adapter
 
 from raymerge import load_adapter, merge, save_adapter
 from raymerge.adapters import LoraAdapter, LoraModule
@@ -17,6 +16,7 @@ from raymerge.errors import MergeError
 from raymerge.merging.methods import METHODS
 from raymerge.pipelines.fuse_options import named_parameters, understand
 from raymerge.pipelines.fuse_request import Request
+from tests.pipelines.conftest import SHAPES, make_adapter
 
 
 @pytest.fixture
@@ -215,7 +215,10 @@ def test_changed_inputs_are_another_fuse(here, capsys):
     assert fuse("p0", "p1", "--out", "out") == 0
     save_adapter(make_adapter("p1", 99), "p1")
     assert fuse("p0", "p1", "--out", "out") == 2
-    assert "holds another fuse" in capsys.readouterr().err
+    assert "holds another fuse.\np1: its files have changed\nChoose" in capsys.readouterr().err
+    assert fuse("p0", "p2", "--out", "out", "--weights", "0.7,0.3") == 2
+    message = capsys.readouterr().err
+    assert "adapters: p0, p1 there, p0, p2 now\nweight of p0: 0.5 there, 0.7 now\n" in message
 
 
 @pytest.mark.parametrize("more", [[], ["--force"]])
@@ -324,9 +327,12 @@ def test_weights_from_a_file_and_normalised(here):
 @pytest.mark.parametrize(
     ("written", "expected"),
     [
-        ("keep", "keep"), ("16", 16), ("0.95", {"energy": 0.95}), ("{energy: 0.9, max: 32}", {"energy": 0.9, "max": 32}),
+        ("keep", "keep"),
+        ("16", 16),
+        ("0.95", {"energy": 0.95}),
+        ("{energy: 0.9, max: 32}", {"energy": 0.9, "max": 32}),
     ],
-)  # fmt: skip
+)
 def test_ranks_as_written(here, written, expected):
     assert meant(rank=written).rank == expected
     uniform = meant(rank=written, uniform=True).rank
@@ -362,7 +368,7 @@ def test_every_parameter_can_be_given(here):
         (["p0", "p1", "--weights", "1,x"], "--weights 1,x: expected a number; found 'x'."),
         (["p0", "p1", "--weights", "1,nan"], "--weights 1,nan: expected a number; found nan."),
         (["p0", "p1", "--weights", "{*.v: 1},1"], "--weights {*.v: 1},1: cannot be read."),
-        (["p0", "p1", "--weights", '{"*.w_proj": 1},1'], "p0: its weight names modules by '*.w_proj', which fits none."),
+        (["p0", "p1", "--weights", '{"*.w_proj": 1},1'], "p0: its weight names modules by '*.w_proj', which fits"),
         (["p0", "p1", "--weights", "1,-1", "--normalize"], "--weights 1,-1: --normalize cannot scale weights that sum"),
         (["p0", "p1", "--weights-file", "none.yaml"], "none.yaml"),
         (["p0", "p1", "--weights-file", "w.yaml"], "--weights-file w.yaml: unknown adapter 'p3'."),
@@ -384,10 +390,13 @@ def test_every_parameter_can_be_given(here):
         (["p0", "p1", "--sweep", "50/-50"], "--sweep 50/-50: --normalize cannot scale weights that sum to 0."),
         (["p0", "p1", "--sweep", "linear:3"], "--sweep linear:3: write NAME=VALUE."),
         (["p0", "p1", "--sweep", "tise:0.2"], "unknown method 'tise'."),
-        (["p0", "p1", "--sweep", "50/50", "--density", "0.2"], "--sweep 50/50: no method in it has the parameter density"),
+        (["p0", "p1", "--sweep", "50/50", "--density", "0.2"], "--sweep 50/50: no method in it has the parameter"),
         (["p0", "wide"], "wide: model.layers.0.self_attn.k_proj has shape (16, 8), but (16, 32) in p0."),
         (["p0", "elsewhere"], "the adapters share no module"),
         (["p0", "spoilt"], "spoilt: "),
+        (["p0", "dora"], "dora: "),
+        (["p0", "pickled"], "pickled: has its weights as a pickle"),
+        (["p0", "p1", "--base", "nowhere"], "nowhere: there is no base model."),
     ],
 )  # fmt: skip
 def test_bad_input_is_named_and_nothing_is_written(here, capsys, arguments, first_line):
@@ -399,6 +408,11 @@ def test_bad_input_is_named_and_nothing_is_written(here, capsys, arguments, firs
     spoilt = make_adapter("spoilt", 1)
     next(iter(spoilt.modules.values())).A[0, 0] = float("nan")
     save_adapter(spoilt, "spoilt")
+    for name in ("dora", "pickled"):
+        save_adapter(make_adapter(name, 1), name)
+    config = Path("dora/adapter_config.json")
+    config.write_text(config.read_text().replace('"use_dora": false', '"use_dora": true'))
+    Path("pickled/adapter_model.safetensors").rename("pickled/adapter_model.bin")
     assert fuse(*arguments, "--out", "out") == 2
     printed = capsys.readouterr().err
     assert first_line in printed.splitlines()[0]

@@ -91,6 +91,10 @@ def merge(
     temperature: Annotated[
         float | None, typer.Option(min=0, metavar="T", help="Of the softmax over similarities.")
     ] = None,
+    method: Annotated[str | None, typer.Option(metavar="NAME", help="`raymerge methods` lists them.")] = None,
+    param: Annotated[
+        list[str] | None, typer.Option("--param", metavar="NAME=VALUE", help="A parameter of strategy or method.")
+    ] = None,
     scale: Annotated[str | None, typer.Option(metavar="S", help="A number, or match_norm.")] = None,
     rank: Annotated[
         str | None, typer.Option(metavar="R", help="keep, exact, a number, or energy such as 0.95.")
@@ -102,9 +106,14 @@ def merge(
     """Merge: write the adapters of each recipe."""
     from raymerge.pipelines.merge import merge as pipeline
 
-    given = {"strategy": strategy, "name": name, "k": k, "temperature": temperature, "scale": scale, "rank": rank}
+    given = {"strategy": strategy, "name": name, "k": k, "temperature": temperature, "method": method, "scale": scale,
+             "rank": rank}  # fmt: skip
     extra = {key: value for key, value in given.items() if value is not None}
-    _end(pipeline(project, recipes=recipe or (), extra=extra, plan=plan, local=local, refit=refit))
+    _end(
+        pipeline(
+            project, recipes=recipe or (), extra=extra, parameters=param or (), plan=plan, local=local, refit=refit
+        )
+    )
 
 
 @app.command()
@@ -191,6 +200,52 @@ def methods(
     from raymerge.pipelines.methods import methods as pipeline
 
     _end(pipeline(names or (), dialect=dialect))
+
+
+@app.command()
+def prompt(
+    base: Annotated[str, _option("--base", "MODEL", "The base model: a folder, a URI, or a name on the hub.")],
+    adapters: Annotated[
+        list[str] | None, typer.Argument(metavar="ADAPTER", help="Folders of adapters, or NAME=FOLDER.")
+    ] = None,
+    adapter: Annotated[list[str] | None, _option("--adapter", "ADAPTER", "One more; may be repeated.")] = None,
+    fused: Annotated[list[str] | None, _option("--fused", "ADAPTER", "One that another library merged.")] = None,
+    text: Annotated[list[str] | None, _option("--prompt", "TEXT", "What to ask; may be repeated.")] = None,
+    prompts: Annotated[
+        str | None, _option("--prompts", "FILE", ".txt, one a line; .jsonl or .parquet: prompt, response, capability.")
+    ] = None,
+    prompt_format: Annotated[
+        str, _option("--prompt-format", "F", "Text around {prompt} (\\n breaks lines), or chat.")
+    ] = "{prompt}",
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")] = 64,
+    stop: Annotated[list[str] | None, _option("--stop", "TEXT", "Ends an answer; may be repeated.")] = None,
+    similarity_model: Annotated[
+        str | None, _option("--similarity-model", "M", "Sentence encoder; none to do without.")
+    ] = None,
+    no_base: Annotated[bool, typer.Option("--no-base", help="Leave the base itself out.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Rows that are answered at once.")] = 64,
+    device: Annotated[str, _option("--device", "NAME", "cpu, cuda, cuda:1, or auto.")] = "auto",
+    dtype: Annotated[str, _option("--dtype", "NAME", "float32, bfloat16, float16, or auto.")] = "auto",
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .bin weights.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
+    out: Annotated[str | None, _option("--out", "FILE", "Everything as JSON, into this file.")] = None,
+) -> None:
+    """Ask base, experts and fused adapters the same. Needs no project."""
+    from raymerge.config import DEFAULT_ENCODER
+    from raymerge.pipelines.prompt import prompt as pipeline
+    from raymerge.pipelines.prompt_answers import Question
+
+    question = Question(
+        base, [*(adapters or ()), *(adapter or ())], fused or (), text or (), prompts, _broken(prompt_format),
+        max_new_tokens, [_broken(one) for one in stop or ()], similarity_model or DEFAULT_ENCODER, not no_base,
+        batch_size, device, dtype, allow_pickle,
+    )  # fmt: skip
+    _end(pipeline(question, as_json=as_json, out=out))
+
+
+def _broken(text: str) -> str:
+    """With line breaks and tabs where the shell leaves their letters."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def _end(status: int) -> None:

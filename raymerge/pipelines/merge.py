@@ -19,15 +19,17 @@ def merge(
     *,
     recipes: Sequence[str] = (),
     extra: Mapping[str, Any] | None = None,
+    parameters: Sequence[str] = (),
     plan: bool = False,
     local: bool = False,
     refit: bool = False,
 ) -> int:
-    """Merge what is missing. extra: a recipe from the command line; plan: only say what would be done.
+    """Merge what is missing. extra: a recipe from the command line; parameters: more of it, each NAME=VALUE; plan: only
+    say what would be done.
 
     Returns the exit status.
     """
-    opened = open_project(location, recipes=recipes, extra=_recipe(extra or {}, recipes))
+    opened = open_project(location, recipes=recipes, extra=_recipe({**(extra or {}), **_named(parameters)}, recipes))
     need_recipes(opened)
     need_adapters(opened)
     steps = Steps(merge=True, refit=refit)
@@ -48,11 +50,29 @@ def _recipe(given: Mapping[str, Any], recipes: Sequence[str]) -> dict[str, Any] 
     numbers = {key: _number(key, given[key]) for key in ("scale", "rank") if key in given}
     if isinstance(numbers.get("rank"), float):
         numbers["rank"] = {"energy": numbers["rank"]}
-    name = given.get("name") or given["strategy"] + (f"_k{given['k']}" if "k" in given else "")
+    parts = [
+        given["strategy"],
+        *([f"k{given['k']}"] if "k" in given else []),
+        *([given["method"]] if "method" in given else []),
+    ]
+    name = given.get("name") or "_".join(parts)
     fault = run_name_fault(given["name"]) if "name" in given else None
     if fault:
         raise RecipeError(f"--name {given['name']}: {fault}.\nThe run's folder has this name.")
     return {**given, **numbers, "name": name}
+
+
+def _named(parameters: Sequence[str]) -> dict[str, Any]:
+    found = {}
+    for written in parameters:
+        name, _, text = written.partition("=")
+        try:
+            found[name.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--param {written}: cannot be read.\nExpected for example density=0.2.") from error
+        if not name.strip() or not text:
+            raise RecipeError(f"--param {written}: is no NAME=VALUE.\nExpected for example density=0.2.")
+    return found
 
 
 def _number(option: str, value: Any) -> Any:

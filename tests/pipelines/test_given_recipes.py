@@ -30,6 +30,18 @@ def test_a_run_made_from_the_command_line_is_evaluated_and_compared(project, cap
     assert {row["name"] for row in json.loads(capsys.readouterr().out)["rows"]} == {"2024", "small"}
 
 
+def test_any_method_can_be_given_with_its_parameters(project):
+    given = {"strategy": "top_k", "k": 3, "method": "dare_ties"}
+    assert merge(project, extra=given, parameters=["density=0.4", "seed=7"], local=True) == 0
+    assert recorded(project, "top_k_k3_dare_ties")["method_parameters"] == {
+        "density": 0.4, "seed": 7, "majority_sign": "total",
+    }  # fmt: skip
+    assert evaluate(project, runs=["top_k_k3_dare_ties"], local=True) == 0
+    for wrong in ("density", "=3", "density=[", "x="):
+        with pytest.raises(RecipeError, match="--param"):
+            merge(project, extra=given, parameters=[wrong], local=True)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -39,6 +51,8 @@ def test_a_run_made_from_the_command_line_is_evaluated_and_compared(project, cap
         ({"name": ""}, "--name : cannot be"),
         ({"rank": "["}, r"--rank \[: cannot be read\.\nExpected keep, exact"),
         ({"rank": "two"}, "rank 'two' is no rank"),
+        ({"method": "tie"}, "unknown method 'tie'. Did you mean ties"),
+        ({"method": "ties", "density": 1.5}, r"method ties: density 1.5 cannot be used.\nExpected a density above 0"),
         ({"scale": "nan"}, "scale is a number or match_norm"),
     ],
 )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from raymerge.adapters.adapter import LoraAdapter, LoraModule
-from raymerge.errors import ModelError
+from raymerge.errors import ModelError, UnsupportedAdapterError
 from raymerge.models.base import BaseModel
 from raymerge.models.layers import is_transposed, linear_modules
 from raymerge.models.multilora import MultiLora, plan_layout
@@ -216,6 +216,19 @@ def test_an_adapter_of_another_base_is_refused(base: BaseModel, varied: list[Lor
     unknown = replace(varied[0], modules={"model.layers.9.q": varied[0].modules[name]})
     with pytest.raises(ModelError, match=r"adapter_0: the model has no linear layer model\.layers\.9\.q"):
         MultiLora(base.model).load([varied[0], unknown])
+
+
+def test_what_is_more_than_deltas_is_refused_by_name(base: BaseModel, varied: list[LoraAdapter]) -> None:
+    path, module = next(iter(varied[0].modules.items()))
+    biased = replace(module, bias=torch.ones(module.out_features))
+    whole = {"lm_head.weight": torch.zeros(64, 32)}
+    for adapter, held in (
+        (replace(varied[0], modules={path: biased}), r"trained biases \(lora_bias\)"),
+        (replace(varied[0], modules={path: replace(module, embedding=True)}), "a LoRA of an embedding"),
+        (replace(varied[0], whole=whole), r"whole tensors \(lm_head\.weight\)"),
+    ):
+        with pytest.raises(UnsupportedAdapterError, match=f"^adapter_0: cannot be run in a batch.*{held}"):
+            MultiLora(base.model).load([varied[1], adapter])
 
 
 def test_choices_that_do_not_fit_are_refused(base: BaseModel, varied: list[LoraAdapter]) -> None:

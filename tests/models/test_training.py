@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from raymerge.adapters import LoraAdapter, read_adapter, save_adapter
-from raymerge.errors import ModelError
+from raymerge.errors import ModelError, UnsupportedAdapterError
 from raymerge.models.answers import encode_rows, pad_right
 from raymerge.models.base import BaseModel
 from raymerge.models.generation import score_references
@@ -206,6 +206,9 @@ def test_a_start_that_does_not_fit_is_refused(base: BaseModel, make_adapter: Cal
     narrow = replace(SETTINGS, rank=5, target_modules=("q_proj",))
     with pytest.raises(ModelError, match="start_from adapter_7: it changes"):
         train(base, [group("p0", 4)], narrow, start_from=start)
+    headed = replace(make_adapter(base, 7, rank=3), whole={"lm_head.weight": torch.zeros(64, 32)})
+    with pytest.raises(UnsupportedAdapterError, match="adapter_7: cannot be trained further, since it holds whole"):
+        train(base, [group("p0", 4)], SETTINGS, start_from=headed)
 
 
 def test_target_modules(base: BaseModel, gpt2: BaseModel) -> None:

@@ -34,9 +34,9 @@ class MlxSettings:
 
     def check_targets(self, paths: Iterable[str], where: str) -> None:
         """Refuse modules that mlx-lm would find no place for. Raises AdapterError."""
-        layers = set()
+        layers, named = set(), frozenset(self.keys or ())
         for path in paths:
-            if path in (self.keys or ()):
+            if path in named:
                 continue
             if self.keys is not None and not any(path.endswith(f".{key}") for key in self.keys):
                 raise AdapterError(

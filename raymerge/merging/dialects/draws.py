@@ -1,17 +1,16 @@
-"""Random numbers that depend on what they are for alone: a seed, an expert, a tensor."""
+"""The random numbers of `merging.masks` for whole tensors: a dialect drops the entries that the method itself drops."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from raymerge.merging.masks import WHOLE, Draw
+
 
 def uniform(seed: int, expert: str, tensor: str, shape: Sequence[int]) -> Tensor:
-    """Numbers from [0, 1) of a counter-based generator: float32, of the shape given."""
-    digest = hashlib.sha256("\0".join((str(seed), expert, tensor)).encode()).digest()
-    generator = np.random.Generator(np.random.Philox(int.from_bytes(digest[:16], "little")))
-    return torch.from_numpy(generator.random(tuple(shape), dtype=np.float32))
+    """Numbers from [0, 1) that belong to a seed, an expert and a tensor's name: float64 (rows, columns)."""
+    rows, columns = shape
+    return torch.from_numpy(Draw.of(seed, expert, tensor).numbers(slice(0, rows), columns) / WHOLE)

@@ -8,6 +8,7 @@ rsLoRA PEFT multiplies its result by the square root of the new rank, which is l
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -32,6 +33,7 @@ def combination(name: str) -> Callable[..., Combined]:
     adapter. Raises MergeError for a tensor that is stored whole, which PEFT does not merge either."""
     function = _TYPES[name]
 
+    @functools.wraps(function)
     def combine(site: Site, **parameters: Any) -> Combined:
         if site.path.endswith(".weight"):
             raise MergeError("peft cannot merge tensors that are stored whole (modules_to_save).\nUse dialect delta.")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from raymerge.adapters.adapter import LoraAdapter, LoraModule
-from raymerge.errors import MergeError
+from raymerge.errors import AdapterError, MergeError
 from raymerge.merging.exact import formed
 from raymerge.merging.factors import Factor
 from raymerge.merging.inputs import Inputs
@@ -51,10 +51,11 @@ def merge_whole(
     for name in inputs.whole:
         tensors = [expert.whole.get(name) for expert in inputs.experts]
         anchor = None if inputs.anchor is None else inputs.anchor.whole.get(name)
-        if base is None:
-            result = _without_base(name, inputs, tensors, scale, method)
+        start = _of_base(base, name)
+        if start is None:
+            result = _without_base(name, inputs, tensors, scale, method, lacked=base is not None)
         else:
-            result = _on_base(name, inputs, tensors, anchor, combine, scale, base.weight(name))
+            result = _on_base(name, inputs, tensors, anchor, combine, scale, start)
         dtypes = [tensor.dtype for tensor in (*tensors, anchor) if tensor is not None]
         merged[name] = result.to(reduce(torch.promote_types, dtypes))
     return merged
@@ -73,10 +74,12 @@ def _without_base(name: str, inputs: Inputs, tensors: Sequence[Tensor | None], s
     elif scale != 1 or inputs.anchor is not None:
         why = "there is an anchor" if inputs.anchor is not None else f"the scale is {scale:g}, not 1"
     if why is not None:
-        raise MergeError(
-            f"{name} is stored whole, not as a delta, and {why}.\n"
-            "Give the base model (--base, or base=BaseWeights(...) in Python): the delta is what it adds to the base's."
+        remedy = (
+            "The base given has no such tensor, so only a mean is right: method linear, weights that sum to 1, scale 1."
+            if lacked
+            else "Give the base model (--base, or base=BaseWeights(...) in Python): the delta is what it adds to the base's."
         )
+        raise MergeError(f"{name} is stored whole, not as a delta, and {why}.\n{remedy}")
     found = [tensor for tensor in tensors if tensor is not None]
     _check_shapes(name, found[0].shape, dict(zip(inputs.names, found, strict=True)))
     total = torch.zeros(found[0].shape, dtype=torch.float64)

@@ -5,7 +5,7 @@ import torch
 
 from raymerge import merge
 from raymerge.adapters import LoraAdapter, LoraModule
-from raymerge.errors import MergeError
+from raymerge.errors import AdapterError, MergeError
 from raymerge.merging.methods import METHODS
 
 HEAD, BIAS = "lm_head.weight", "layers.0.q_proj.bias"
@@ -19,6 +19,8 @@ class Base:
         self.tensors = {HEAD: torch.randn(6, 8, generator=generator), BIAS: torch.randn(12, generator=generator)}
 
     def weight(self, name):
+        if name not in self.tensors:
+            raise AdapterError(f"the base has no {name}.")
         return self.tensors[name]
 
 
@@ -116,3 +118,12 @@ def test_a_resized_vocabulary_is_refused_by_name():
     grown = LoraAdapter("bert", dict(experts[1].modules), whole={**experts[1].whole, HEAD: torch.zeros(7, 8)})
     with pytest.raises(MergeError, match=r"bert: lm_head.weight has shape \(7, 8\)"):
         merge([experts[0], grown], [0.5, 0.5])
+
+
+def test_a_head_that_the_base_lacks_has_a_mean_and_nothing_else():
+    one, other = (LoraAdapter(e.name, dict(e.modules), whole={"score.weight": e.whole[HEAD]}) for e in
+                  (adapter("anna", 1), adapter("bert", 2)))  # fmt: skip
+    merged = merge([one, other], [0.5, 0.5], base=BASE)
+    close(merged.whole["score.weight"], 0.5 * (one.whole["score.weight"] + other.whole["score.weight"]))
+    with pytest.raises(MergeError, match="weights sum to 2(.|\n)*The base given has no such tensor"):
+        merge([one, other], [1.0, 1.0], base=BASE)

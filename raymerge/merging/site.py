@@ -21,8 +21,8 @@ class Site:
     path: of the module in the base model. shape: of the delta, (out_features, in_features). names, weights: of the
     experts, the weights as they are at this module. ranks: of the experts' modules, 0 where one lacks it. anchor: its
     module, or None. rule: the rank asked for. read: the experts' modules one after the other, None where one lacks it;
-    each call reads them anew, so that no more than one need be in memory. nominal: the rank that `rank: keep` means, where
-    it is not the largest of the factors' (dense deltas written as products).
+    each call reads them anew, so that no more than one need be in memory. nominal: the rank that `rank: keep` means,
+    where it is not the largest of the factors' (dense deltas written as products).
     """
 
     path: str

@@ -61,7 +61,19 @@ def merge_whole(
     return merged
 
 
-def _without_base(name: str, inputs: Inputs, tensors: Sequence[Tensor | None], scale: float, method: str) -> Tensor:
+def _of_base(base: BaseWeights | None, name: str) -> Tensor | None:
+    """The base's tensor; None where it has none, as of a head that was trained from nothing."""
+    if base is None:
+        return None
+    try:
+        return base.weight(name)
+    except AdapterError:
+        return None
+
+
+def _without_base(
+    name: str, inputs: Inputs, tensors: Sequence[Tensor | None], scale: float, method: str, *, lacked: bool
+) -> Tensor:
     weights = inputs.weights_at(name)
     lacking = next((n for n, tensor in zip(inputs.names, tensors, strict=True) if tensor is None), None)
     why = None
@@ -77,7 +89,7 @@ def _without_base(name: str, inputs: Inputs, tensors: Sequence[Tensor | None], s
         remedy = (
             "The base given has no such tensor, so only a mean is right: method linear, weights that sum to 1, scale 1."
             if lacked
-            else "Give the base model (--base, or base=BaseWeights(...) in Python): the delta is what it adds to the base's."
+            else "Give the base model (--base, or base=BaseWeights(...)): the delta is what it adds to the base's."
         )
         raise MergeError(f"{name} is stored whole, not as a delta, and {why}.\n{remedy}")
     found = [tensor for tensor in tensors if tensor is not None]

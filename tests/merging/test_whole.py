@@ -125,5 +125,5 @@ def test_a_head_that_the_base_lacks_has_a_mean_and_nothing_else():
                   (adapter("anna", 1), adapter("bert", 2)))  # fmt: skip
     merged = merge([one, other], [0.5, 0.5], base=BASE)
     close(merged.whole["score.weight"], 0.5 * (one.whole["score.weight"] + other.whole["score.weight"]))
-    with pytest.raises(MergeError, match="weights sum to 2(.|\n)*The base given has no such tensor"):
+    with pytest.raises(MergeError, match=r"weights sum to 2(.|\n)*The base given has no such tensor"):
         merge([one, other], [1.0, 1.0], base=BASE)

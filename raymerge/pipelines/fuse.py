@@ -65,24 +65,29 @@ def fuse(request: Request) -> int:
     done = [is_complete(fusion.folder, key) for fusion, key in zip(meant.fusions, keys, strict=True)]
     check_folders(meant, done, loaded.digests)
     console = Console()
-    found, failed = _make(meant, loaded, keys, done, console)
+    explained = _explanations(meant, loaded)
+    found, failed = _make(meant, loaded, keys, done, explained, console)
     if request.sweep is not None:
         _write_sweep(meant, found, failed, keys)
-    _show(meant, loaded, found, failed, console)
+    _show(meant, found, failed, explained, console)
     there = sum(done)
+    console.print()
     console.print(_ending(meant, len(found), there), soft_wrap=True, highlight=False, markup=False)
     return 1 if failed else 0
 
 
-def _show(meant: Meant, loaded: Loaded, found: Sequence[Fused], failed: Mapping[str, str], console: Console) -> None:
+def _show(
+    meant: Meant, found: Sequence[Fused], failed: Mapping[str, str], explained: Mapping[str, str], console: Console
+) -> None:
     from raymerge.pipelines import fusion_table
 
     console.print(fusion_table.one(found[0]) if meant.request.sweep is None else fusion_table.sweep(found))
     for name, why in failed.items():
         console.print(f"failed: {name}: {why}", style="red", highlight=False, markup=False)
-    if meant.request.explain:
-        for fusion in meant.fusions:
-            console.print(f"\n{_explained(meant, loaded, fusion)}", highlight=False, markup=False)
+    for name, text in explained.items():
+        title = "Elsewhere" if meant.request.sweep is None else f"{name} elsewhere"
+        lines = fusion_report.wrapped(text, min(console.width, 100))
+        console.print(f"\n{title}:\n{lines}", highlight=False, markup=False)
 
 
 def _load(meant: Meant) -> Loaded:
@@ -149,7 +154,12 @@ def _key(meant: Meant, loaded: Loaded, fusion: Fusion) -> str:
 
 
 def _make(
-    meant: Meant, loaded: Loaded, keys: Sequence[str], done: Sequence[bool], console: Console
+    meant: Meant,
+    loaded: Loaded,
+    keys: Sequence[str],
+    done: Sequence[bool],
+    explained: Mapping[str, str],
+    console: Console,
 ) -> tuple[list[Fused], dict[str, str]]:
     """What is not there yet is made and written. Returns all of it as its manifests tell, and why one of a sweep could
     not be made; raises that where none could."""
@@ -160,7 +170,7 @@ def _make(
         try:
             if products is not None and not done[number - 1]:
                 with console.status(f"{fusion.name}: {fusion.method.name} of {len(loaded.experts)} adapters"):
-                    _write(meant, loaded, fusion, products, key)
+                    _write(meant, loaded, fusion, products, explained.get(fusion.name), key)
             found.append(Fused.from_json(read_manifest(fusion.folder) or {}))
         except MergeError as error:
             if number == len(meant.fusions) and not found:
@@ -169,7 +179,7 @@ def _make(
     return found, failed
 
 
-def _write(meant: Meant, loaded: Loaded, fusion: Fusion, products: Products, key: str) -> None:
+def _write(meant: Meant, loaded: Loaded, fusion: Fusion, products: Products, explanation: str | None, key: str) -> None:
     from raymerge.merging.merge import WHOLE, merge
 
     request = meant.request
@@ -210,7 +220,6 @@ def _write(meant: Meant, loaded: Loaded, fusion: Fusion, products: Products, key
         notes=(*merged.notes, *remarks(fusion.weights, fusion.method, names, starts)),
         command=command(meant, fusion),
     )
-    explanation = _explained(meant, loaded, fusion) if request.explain else None
     files[fusion_report.NAME] = fusion_report.report(fused, shown(meant, fusion), explanation).encode()
     clear(fusion.folder)
     write_artefact(fusion.folder, files, fused.to_json(), key)
@@ -232,10 +241,22 @@ def _contributor(
     )
 
 
-def _explained(meant: Meant, loaded: Loaded, fusion: Fusion) -> str:
+def _explanations(meant: Meant, loaded: Loaded) -> dict[str, str]:
+    """What PEFT and mergekit would have computed, by the fusions' names; nothing unless asked for."""
+    if not meant.request.explain:
+        return {}
     from raymerge.merging.dialects.explain import explain
 
-    return str(explain(loaded.experts, fusion.weights, method=fusion.method.name, **fusion.parameters))
+    found = {}
+    for fusion in meant.fusions:
+        try:
+            said = explain(loaded.experts, fusion.weights, method=fusion.method.name, **fusion.parameters)
+            found[fusion.name] = str(said) + (
+                "\nCompared without the anchor, which they lack." if loaded.anchor else ""
+            )
+        except MergeError as error:
+            found[fusion.name] = str(error).splitlines()[0]
+    return found
 
 
 def _write_sweep(meant: Meant, found: Sequence[Fused], failed: Mapping[str, str], keys: Sequence[str]) -> None:

@@ -22,6 +22,7 @@ from raymerge.pipelines.fuse_request import Fusion, Meant, Request, Source
 
 _NAMED = re.compile(r"(?P<name>[^/\\:=]+)=(?P<location>.+)")
 _SHARES = re.compile(r"[-+.\deE]+(/[-+.\deE]+)+")
+_WORDS = {"true": True, "false": False, "null": None, "": None}
 _MAIN = ("t", "density")  # what a bare number in a sweep sets
 _WEIGHTS = (
     "Expected one for each adapter, such as 0.6,0.4; a list such as [0.2, 0.8] goes from the first layer to the last, "
@@ -38,6 +39,8 @@ def understand(request: Request) -> Meant:
     equal = request.weights is None and request.weights_file is None
     name = request.name or storage.name_of(out)
     methods = methods_of(request.dialect)
+    if request.explain and request.dialect != "delta":
+        raise MergeError("--explain: says how others differ from dialect delta.\nLeave out --dialect.")
     if request.format not in FORMATS:
         raise MergeError(f"--format: {unknown('format', request.format, FORMATS)}")
     plain = Fusion(name, out, named(request.method, methods, _within(request.dialect)), parameters, weights, equal)
@@ -82,7 +85,7 @@ def named_parameters(given: Sequence[str], plain: Mapping[str, str | None]) -> d
 def value_of(option: str, text: str) -> Any:
     """A number, a word, a list or a mapping as YAML writes it. Raises MergeError if it cannot be read."""
     try:
-        return _numbers(yaml.safe_load(text))
+        return _read(text)
     except yaml.YAMLError as error:
         raise MergeError(
             f"{option} {text}: cannot be read.\n"
@@ -90,17 +93,29 @@ def value_of(option: str, text: str) -> Any:
         ) from error
 
 
-def _numbers(value: Any) -> Any:
-    """With `1e-3` as a number, which YAML takes for a word."""
+class _Plain(yaml.SafeLoader):
+    """YAML whose plain values are text: its own numbers take 1:30 for 90 and 1e-3 for a word."""
+
+
+_Plain.yaml_implicit_resolvers = {}
+
+
+def _read(text: str) -> Any:
+    return _meant(yaml.load(text, Loader=_Plain))
+
+
+def _meant(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(key): _numbers(one) for key, one in value.items()}
+        return {str(key): _meant(one) for key, one in value.items()}
     if isinstance(value, list):
-        return [_numbers(one) for one in value]
-    if isinstance(value, str):
+        return [_meant(one) for one in value]
+    if not isinstance(value, str) or value in _WORDS:
+        return _WORDS.get(value) if isinstance(value, str) else value
+    for kind in (int, float):
         try:
-            return float(value)
+            return kind(value)
         except ValueError:
-            return value
+            continue
     return value
 
 
@@ -132,7 +147,7 @@ def _weights(request: Request, sources: Sequence[Source]) -> tuple[Setting, ...]
     elif request.weights is not None:
         option = f"--weights {request.weights}"
         try:
-            found = _numbers(yaml.safe_load(f"[{request.weights}]"))
+            found = _read(f"[{request.weights}]")
         except yaml.YAMLError as error:
             raise MergeError(f"{option}: cannot be read.\n{_WEIGHTS}") from error
     else:
@@ -149,7 +164,7 @@ def _weights(request: Request, sources: Sequence[Source]) -> tuple[Setting, ...]
 def _from_file(location: str, sources: Sequence[Source]) -> list[Any]:
     option = f"--weights-file {location}"
     try:
-        content = _numbers(yaml.safe_load(storage.read_bytes(storage.resolve(os.getcwd(), location)).decode()))
+        content = _read(storage.read_bytes(storage.resolve(os.getcwd(), location)).decode())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise MergeError(f"{option}: is neither YAML nor JSON.\n{error}") from error
     names = [source.name for source in sources]

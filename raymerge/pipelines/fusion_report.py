@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,11 @@ def report(fused: Fused, location: str, explanation: str | None = None) -> str:
         "## Result",
         _result(fused),
         *_errors(fused),
-        *([f"## {_cell(fused.merges['method'])} here and elsewhere", explanation] if explanation else []),
+        *(
+            [f"## {_cell(fused.merges['method'])} here and elsewhere", _code("text", wrapped(explanation, 100))]
+            if explanation
+            else []
+        ),
         *(["## Notes", "\n".join(f"* {_cell(note)}" for note in fused.notes)] if fused.notes else []),
         "## Make it again",
         _code("sh", fused.command),
@@ -96,11 +101,11 @@ def method_in_words(merges: Mapping[str, Any]) -> str:
 
 
 def weight_in_words(weight: Setting) -> str:
-    """`0.3333`, `0.2 to 0.8` over depth, or `by module`."""
+    """`0.3333`; `0.2…0.8` from the first layer to the last; or `by module`."""
     if isinstance(weight, Mapping):
         return "by module"
     if isinstance(weight, Sequence):
-        return " ".join(f"{one:.4g}" for one in weight) if len(weight) <= 3 else f"{weight[0]:.4g}…{weight[-1]:.4g}"
+        return f"{weight[0]:.3g}…{weight[-1]:.3g}"
     return f"{weight:.4g}"
 
 
@@ -130,6 +135,16 @@ def pairs(fused: Fused) -> list[tuple[float, str, str]]:
     return sorted((cosine, first, second) for cosine, first, second in found if cosine is not None)
 
 
+def wrapped(text: str, width: int) -> str:
+    """An explanation with no line wider than that; what a line goes on with is indented."""
+    lines = []
+    for line in text.splitlines():
+        indent = " " * (len(line) - len(line.lstrip()))
+        after = indent if indent else "    "
+        lines += textwrap.wrap(line.strip(), width, initial_indent=indent, subsequent_indent=after) or [""]
+    return "\n".join(lines)
+
+
 def _inputs(fused: Fused) -> str:
     header = ["adapter", "base model", "rank", "norm", "weight", "cosine to the result"]
     rows = [
@@ -149,8 +164,8 @@ def _inputs(fused: Fused) -> str:
 
 def _written(weight: Setting) -> str:
     if isinstance(weight, Mapping):
-        return ", ".join(f"{pattern}: {weight_in_words(value)}" for pattern, value in weight.items())
-    return weight_in_words(weight)
+        return ", ".join(f"{pattern}: {_written(value)}" for pattern, value in weight.items())
+    return ", ".join(f"{one:.4g}" for one in weight) if isinstance(weight, Sequence) else weight_in_words(weight)
 
 
 def _similarities(fused: Fused) -> list[str]:

@@ -20,7 +20,7 @@ def one(fused: Fused) -> RenderableType:
     """What `raymerge fuse` prints of one adapter: inputs, result, warnings, notes."""
     figures = fused.figures
     bases = {expert.base_model for expert in fused.experts}
-    table = _table("adapter", [*(["base"] if len(bases) > 1 else []), "rank", "norm", "weight", "cosine"])
+    table = _table(["adapter", *(["base"] if len(bases) > 1 else []), "rank", "norm", "weight", "cosine"])
     for expert in fused.experts[:_ROWS]:
         base = [_name((expert.base_model or UNKNOWN).rstrip("/").rsplit("/", 1)[-1])] if len(bases) > 1 else []
         table.add_row(
@@ -50,18 +50,21 @@ def sweep(found: Sequence[Fused]) -> RenderableType:
     """What `raymerge fuse --sweep` prints: one line for each result."""
     experts = found[0].experts
     every = len(experts) <= _COSINES
-    cosines = [f"cos {printable(e.name)}" for e in experts] if every else ["least cos"]
-    table = _table("fuse", ["norm", "ratio", "error", "rank", "size", *cosines])
+    cosines = [_short(e.name) for e in experts] if every else ["least"]
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
+    table.add_column("\nfuse", no_wrap=True, overflow="ellipsis", max_width=18)
+    for header in ("\nnorm", "\nratio", "\nerror", "\nrank", "\nsize", *(f"cosine\n{name}" for name in cosines)):
+        table.add_column(header, justify="right", no_wrap=True)
     for fused in found:
         figures = fused.figures
         there = [expert.cosine for expert in fused.experts]
         known = [cosine for cosine in there if cosine is not None]
         shown = [number(cosine, 3) for cosine in there] if every else [number(min(known, default=None), 3)]
         table.add_row(
-            _name(fused.name), f"{figures.norm:.4g}", number(figures.ratio, 2), f"{figures.error:.3f}",
+            _name(fused.name), f"{figures.norm:.3g}", number(figures.ratio, 2), f"{figures.error:.3f}",
             span_in_words(figures.rank), size(figures.size), *shown,
         )  # fmt: skip
-    legend = "ratio: norm over the inputs' weighted norms; cos: with an input; error: of rank"
+    legend = "ratio: norm over the inputs' weighted norms; error: what rank and rounding lose"
     parts: list[RenderableType] = [table, Text(legend, style="dim"), Text()]
     warned = [fused.name for fused in found if fused.warnings]
     if warned:
@@ -69,14 +72,21 @@ def sweep(found: Sequence[Fused]) -> RenderableType:
     return Group(*parts)
 
 
-def _table(first: str, headers: Sequence[str]) -> Table:
+def _table(headers: Sequence[str]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    table.add_column(first, no_wrap=True, overflow="ellipsis", max_width=22)
-    for header in headers:
-        table.add_column(
-            header, justify="left" if header == "base" else "right", no_wrap=True, overflow="ellipsis", max_width=18
-        )
+    for header, width in (("adapter", 18), ("base", 16), ("rank", 9), ("norm", 9), ("weight", 13), ("cosine", 6)):
+        if header in headers:
+            left = header in ("adapter", "base")
+            table.add_column(
+                header, justify="left" if left else "right", no_wrap=True, overflow="ellipsis", max_width=width
+            )
     return table
+
+
+def _short(name: str) -> str:
+    text = _name(name)
+    text.truncate(7, overflow="ellipsis")
+    return text.plain
 
 
 def _between(fused: Fused) -> list[RenderableType]:

@@ -61,8 +61,8 @@ def _describe(console: Console, method: Method, *, full: bool) -> None:
     taken = _experts(method)
     say(method.summary + (f"; {taken}" if taken else ""), 2)
     for name, default in method.defaults.items():
-        shown = "from the weights" if default is None else default
-        say(f"{name} = {shown}  ({range_of(method, name)})", 4, "dim")
+        shown = "" if default is None else f" = {default}"
+        say(f"{name}{shown}  ({range_of(method, name)})", 4, "dim")
     for part in _more(method) if full else []:
         say(part, 2)
 

@@ -185,6 +185,34 @@ def test_what_adapters_were_trained_from_is_offered_as_anchor(here, capsys):
     assert "trained from unified: --anchor" in " ".join(capsys.readouterr().out.split())
 
 
+def test_it_explains_what_others_would_have_computed(here, capsys):
+    assert fuse("p0", "p1", "--out", "out", "--explain", "--weights", "0.5,0.4", "--method", "ties") == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    report = (here / "out/fusion_report.md").read_text()
+    for text in (" ".join(out.split()), " ".join(report.split())):
+        assert 'peft add_weighted_adapter(combination_type="ties_svd", density=0.2' in text
+        assert "mergekit merge_method: ties" in text
+    assert "## ties here and elsewhere" in report
+    assert fuse("p0", "p1", "--out", "out", "--explain", "--weights", "0.5,0.4", "--method", "ties") == 0
+    assert "there already" in capsys.readouterr().out
+    assert fuse("p0", "p1", "--out", "more", "--explain", "--sweep", "50/50,slerp:50/50,slerp:150/-50") == 1
+    out = capsys.readouterr().out
+    assert "50-50 elsewhere:" in out
+    assert "slerp-150--50 elsewhere:\np1: weight" in out
+
+
+def test_a_dialect_gives_the_numbers_of_its_library(here, capsys):
+    theirs = ["--dialect", "peft", "--method", "ties_svd", "--density", "0.3"]
+    assert fuse("p0", "p1", "--out", "out", *theirs, "--param", "majority_sign_method=frequency") == 0
+    expected = merge([load_adapter("p0"), load_adapter("p1")], [0.5, 0.5], dialect="peft", method="ties_svd",
+                     density=0.3, majority_sign_method="frequency")  # fmt: skip
+    assert written(here / "out") == encode_adapter(expected)
+    assert "computed as peft does" in " ".join(capsys.readouterr().out.split())
+    assert status("methods", "ties_svd", "--dialect", "peft") == 0
+    assert "density  (a" in capsys.readouterr().out
+
+
 # Folders that hold something
 
 
@@ -264,7 +292,7 @@ def test_a_sweep_is_its_fuses_side_by_side(here, capsys, monkeypatch):
     )
     report = (here / "out/sweep_report.md").read_text()
     for name in names:
-        assert name[:20] in out
+        assert name[:15] in out
         assert (here / "out" / name / "fusion_report.md").exists()
         assert f"[{name}]({name}/fusion_report.md)" in report
     a, b = load_adapter("p0"), load_adapter("p4")
@@ -329,6 +357,7 @@ def test_weights_from_a_file_and_normalised(here):
     [
         ("keep", "keep"),
         ("16", 16),
+        ("010", 10),
         ("0.95", {"energy": 0.95}),
         ("{energy: 0.9, max: 32}", {"energy": 0.9, "max": 32}),
     ],
@@ -367,6 +396,9 @@ def test_every_parameter_can_be_given(here):
         (["p0", "p1", "--weights", "1"], "--weights 1: 1 weights for 2 adapters."),
         (["p0", "p1", "--weights", "1,x"], "--weights 1,x: expected a number; found 'x'."),
         (["p0", "p1", "--weights", "1,nan"], "--weights 1,nan: expected a number; found nan."),
+        (["p0", "p1", "--weights", "1:30,1"], "--weights 1:30,1: expected a number; found '1:30'."),
+        (["p0", "p1", "--weights", "1,"], "--weights 1,: 1 weights for 2 adapters."),
+        (["p0", "p1", "--weights", "1,true"], "--weights 1,true: expected a number; found True."),
         (["p0", "p1", "--weights", "{*.v: 1},1"], "--weights {*.v: 1},1: cannot be read."),
         (["p0", "p1", "--weights", '{"*.w_proj": 1},1'], "p0: its weight names modules by '*.w_proj', which fits"),
         (["p0", "p1", "--weights", "1,-1", "--normalize"], "--weights 1,-1: --normalize cannot scale weights that sum"),
@@ -383,6 +415,8 @@ def test_every_parameter_can_be_given(here):
         (["p0", "p1", "--scale", "big"], "--scale big: is no scale."),
         (["p0", "p1", "--dtype", "float8"], "dtype 'float8' cannot hold an adapter."),
         (["p0", "p1", "--format", "gguf"], "--format: unknown format 'gguf'."),
+        (["p0", "p1", "--dialect", "peft", "--explain"], "--explain: says how others differ from dialect delta."),
+        (["p0", "p1", "--dialect", "peft", "--method", "karcher"], "unknown method of dialect peft 'karcher'."),
         (["p0", "p1", "--dialect", "merge-kit"], "unknown dialect 'merge-kit'. Did you mean mergekit?"),
         (["p0", "p1", "--anchor", "nowhere"], "anchor nowhere: "),
         (["p0", "p1", "--sweep", "50/50,50/50"], "--sweep 50/50,50/50: 50/50 is there twice."),
@@ -439,7 +473,7 @@ def test_methods_are_listed_with_ranges(capsys, monkeypatch):
     assert "density = 0.2  (a density above 0 and at most 1)" in short
     assert "majority_sign = total  (total or frequency)" in short
     assert "seed = 0  (a whole number from 0)" in short
-    assert "t = from the weights  (a number from 0 to 1)" in short
+    assert "t  (a number from 0 to 1)" in short
     assert status("methods", "slerp") == 0
     full = capsys.readouterr().out
     assert METHODS["slerp"].note.split(":")[0] in " ".join(full.split())

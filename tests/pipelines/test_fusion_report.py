@@ -99,7 +99,22 @@ def test_many_inputs_are_summed_up():
     assert "20 adapters (p00, p01, p02, …)" in text
     assert "20 inputs are too many" in report(fused(names, similarities=None), "out")
     assert "and 6 more" in printed(one(fused([f"p{i}" for i in range(30)])))
-    assert "least cos" in printed(sweep([fused(names)]))
+    assert "least" in printed(sweep([fused(names)]))
+
+
+def test_nothing_is_cut_in_eighty_columns():
+    names = ["a-name-that-goes-on-and-on", "b", "c-name-that-goes-on-and-on"]
+    wide = fused(names, name="dare_ties-density-0.25", figures=Figures(1.23e-5, 0.5, 0.125, (128, 256), 350 * 2**20))
+    text = printed(sweep([wide] * 2))
+    assert max(map(len, text.splitlines())) <= 80
+    for part in ("1.23e-05", "128–256", "350 MiB", "0.125", "0.500"):
+        assert part in text
+    wide = replace(wide, experts=tuple(replace(e, base_model=e.name, norm=1.234e-5, weight=[0.3333, 1, 0.6667])
+                                       for e in wide.experts))  # fmt: skip
+    text = printed(one(wide))
+    assert max(map(len, text.splitlines())) <= 80
+    for part in ("1.234e-05", "128–256", "350 MiB", "0.500", "0.333…0.667"):
+        assert part in text
 
 
 def test_what_is_unknown_is_a_dash():
@@ -158,7 +173,7 @@ def test_remarks():
 
 def test_words():
     assert weight_in_words(1 / 3) == "0.3333"
-    assert weight_in_words([0.2, 0.8]) == "0.2 0.8"
+    assert weight_in_words([0.2, 0.8]) == "0.2…0.8"
     assert weight_in_words([0.1, 0.2, 0.3, 0.4]) == "0.1…0.4"
     assert weight_in_words({"*": 1.0}) == "by module"
     assert joined(["a"]) == "a"

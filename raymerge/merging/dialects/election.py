@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 Majority = Literal["total", "frequency"]
-_TILE = 2**16  # entries that stay in the processor's cache through all steps
+_TILE = 2**15  # entries that stay in the cache through all steps, and that torch does not deal out to threads
 
 
 class WeightedSum:

@@ -8,7 +8,7 @@ bytes.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
@@ -47,11 +47,13 @@ def generate(
     adapters: Choice,
     settings: GenerationSettings,
     batch_size: int = 64,
+    on_rows: Callable[[int], None] | None = None,
 ) -> list[str]:
     """Greedy answers to rendered prompts, in their order, without outer white space.
 
     adapters: int64 (rows,), an adapter of `lora` for each row, -1 for the base; or floating (rows, adapters), the
         weights of each row's mixture; None is the base for all.
+    on_rows: called with the number of rows of each batch when they are done.
     A prompt that leaves no room for the answer loses its start (its opening token stays).
     Raises ModelError if adapters and prompts do not fit each other.
     """
@@ -67,6 +69,8 @@ def generate(
             new = _greedy(base, [tokens[i] for i in batch], settings.max_new_tokens, stopping)
         for i, text in zip(batch, stopping.texts(new), strict=True):
             answers[i] = text
+        if on_rows is not None:
+            on_rows(len(batch))
     return answers
 
 
@@ -77,10 +81,11 @@ def score_references(
     references: Sequence[str],
     adapters: Choice,
     batch_size: int = 64,
+    on_rows: Callable[[int], None] | None = None,
 ) -> list[float]:
     """Negative log-likelihood of each reference given its prompt: nats per token of the reference, end token left out.
 
-    adapters: as for `generate`. Raises ModelError if a reference has no token, or the lengths differ.
+    adapters, on_rows: as for `generate`. Raises ModelError if a reference has no token, or the lengths differ.
     """
     if len(prompts) != len(references):
         raise ModelError(f"{len(prompts)} prompts meet {len(references)} references.\nEach prompt needs one.")
@@ -98,6 +103,8 @@ def score_references(
         totals = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, row, nats.cpu().double())
         for i, total in zip(batch, totals.tolist(), strict=True):
             scores[i] = total / len(encoded[i].answer)
+        if on_rows is not None:
+            on_rows(len(batch))
     return scores
 
 

@@ -78,6 +78,20 @@ def test_equal_calls_give_equal_answers_with_gpt2(gpt2: BaseModel, make_adapter:
     assert generate(gpt2, lora, PROMPTS, torch.tensor(index), SETTINGS, 4) == wanted
 
 
+def test_rows_are_counted_as_they_are_done(base: BaseModel, varied: list[LoraAdapter]) -> None:
+    index = [0, 1, -1, 3, 2, 0, 1]
+    lora = MultiLora(base.model)
+    lora.load(varied)
+    done: list[int] = []
+    generate(base, lora, PROMPTS, index, GenerationSettings(max_new_tokens=1), 3, done.append)
+    assert sum(done) == 7
+    assert max(done) <= 3
+    done.clear()
+    score_references(base, lora, PROMPTS, ["w1"] * 7, index, 3, done.append)
+    assert sum(done) == 7
+    assert max(done) <= 3
+
+
 def _folded_conv1d(base: BaseModel, adapter: LoraAdapter | None) -> BaseModel:
     model = copy.deepcopy(base.model)
     for name, module in (adapter.modules if adapter else {}).items():

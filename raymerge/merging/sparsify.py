@@ -112,25 +112,24 @@ def ranked(density: float, epsilon: float, seed: int, module: str) -> Sparsifier
 
         def cut(tile: Tensor, rows: slice) -> None:
             places = _by_magnitude(tile)
-            numbers = draw.numbers(rows, columns)
-            factors = np.empty(numbers.shape, rescale.dtype)
-            kept = np.take_along_axis(numbers, places, 1) <= last
-            np.put_along_axis(factors, places, rescale * kept, 1)
-            tile.mul_(torch.from_numpy(factors).to(tile.device))
+            numbers = torch.from_numpy(draw.numbers(rows, columns).view(np.int32))
+            kept = torch.gather(numbers, 1, places).numpy().view(np.uint32) <= last
+            factors = torch.from_numpy(rescale * kept)
+            tile.mul_(torch.empty_like(factors).scatter_(1, places, factors).to(tile.device))
 
         return cut
 
     return cut_of
 
 
-def _by_magnitude(tile: Tensor) -> npt.NDArray[np.int64]:
+def _by_magnitude(tile: Tensor) -> Tensor:
     """The columns of each row, from the smallest |entry| to the largest."""
     bits = tile.abs().float().cpu().numpy().view(np.uint32)  # positive numbers and their bits have one order
     keys = bits.astype(np.uint64) << np.uint64(32)
     keys |= np.arange(tile.shape[1], dtype=np.uint64)
     keys.sort(axis=1)
     keys &= np.uint64(WHOLE - 1)
-    return keys.view(np.int64)
+    return torch.from_numpy(keys.view(np.int64))
 
 
 def selected(chosen: Tensor) -> Sparsifier:

@@ -16,7 +16,7 @@ from raymerge.merging.factors import Factor
 from raymerge.merging.masks import ROWS
 from raymerge.merging.site import Site
 
-TILE = 2**15  # entries of a tile on a CPU, where a row is not longer
+TILE = 2**16  # entries of a tile on a CPU, where a row is not longer
 FEWEST = 16  # rows of a tile at least: products of fewer rows are slow
 DEVICE_TILE = 2**25  # entries of a tile elsewhere
 HELD = 64 * 2**20  # bytes of experts' factors in memory at a time
@@ -180,12 +180,12 @@ def gather(site: Site, *, weighted: bool) -> Experts:
     dtype, device, used = torch.float32, torch.device("cpu"), 0
     kept: list[tuple[int, Sequence[Factor]]] = []
     for index, factors in enumerate(site.deltas()):
-        if site.weights[index] == 0:
-            continue
         for factor in factors:
             device = factor.A.device
             if torch.float64 in (factor.A.dtype, factor.B.dtype):
                 dtype = torch.float64
+        if site.weights[index] == 0:
+            continue
         used += _nbytes(factors, torch.float32)
         kept.append((index, factors))
         if used > HELD:

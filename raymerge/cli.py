@@ -192,6 +192,29 @@ def fuse(
 
 
 @app.command()
+def inspect(
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER", help="Folders of adapters, at any depth, patterns, or URIs.")
+    ],
+    similarity: Annotated[bool, typer.Option("--similarity", help="Cosines of deltas: table, PNG, JSON.")] = False,
+    out: Annotated[str, _option("--out", "DIR", "Folder for the PNG and the JSON.")] = "inspect",
+    base: Annotated[str | None, _option("--base", "MODEL", "The base's folder, for DoRA.")] = None,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .bin weights.")] = False,
+    no_norm: Annotated[bool, typer.Option("--no-norm", help="Read headers alone: quick for thousands.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
+) -> None:
+    """List adapters and say which of them merge."""
+    from raymerge.pipelines.inspect import inspect as pipeline
+
+    _end(
+        pipeline(
+            adapters, similarity=similarity, out=out, base=base, allow_pickle=allow_pickle, norm=not no_norm,
+            as_json=as_json,
+        )
+    )  # fmt: skip
+
+
+@app.command()
 def methods(
     names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Only these, in full.")] = None,
     dialect: Annotated[str, _option("--dialect", "NAME", "delta, peft or mergekit.")] = "delta",

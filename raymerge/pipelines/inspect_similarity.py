@@ -1,0 +1,78 @@
+"""Cosines of adapters' deltas, for `raymerge inspect --similarity`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from raymerge.pipelines.inspect_adapter import Inspected
+    from raymerge.pipelines.inspect_groups import Group
+
+FEW = 12  # adapters up to which they stay in the order of their names, and the whole matrix fits a terminal
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Cosines of deltas over all modules: (N, N), NaN between adapters that do not merge. left_out: adapters whose
+    delta cannot be had."""
+
+    names: tuple[str, ...]
+    cosines: NDArray[np.float64]
+    left_out: tuple[str, ...] = ()
+
+    def pairs(self) -> list[tuple[float, str, str]]:
+        """Cosine and names of all pairs that have one, the most similar first."""
+        found = [
+            (float(self.cosines[i, j]), self.names[i], self.names[j])
+            for i in range(len(self.names))
+            for j in range(i + 1, len(self.names))
+            if not math.isnan(self.cosines[i, j])
+        ]
+        return sorted(found, key=lambda pair: (-pair[0], pair[1], pair[2]))
+
+    def to_json(self) -> dict[str, Any]:
+        """As mappings and lists; null between adapters that do not merge. Rounded where float32 ends."""
+        rows = [[None if math.isnan(value) else round(value, 7) for value in row] for row in self.cosines.tolist()]
+        return {"names": list(self.names), "cosines": rows, "left_out": list(self.left_out)}
+
+
+def measure(groups: Sequence[Group], adapters: Sequence[Inspected]) -> Similarity:
+    """Cosines within each group. Where there are many adapters, similar ones stand together."""
+    from raymerge.merging.gram import gram, similarities
+
+    opened = {one.name: one.adapter for one in adapters if one.adapter is not None}
+    parts = [[name for name in group.names if name in opened] for group in groups]
+    many = sum(map(len, parts)) > FEW
+    names: list[str] = []
+    blocks: list[NDArray[np.float64]] = []
+    for part in filter(None, parts):
+        block = similarities(gram([opened[name] for name in part], "float32")).numpy()
+        order = _side_by_side(block) if many else list(range(len(part)))
+        names += [part[i] for i in order]
+        blocks.append(block[np.ix_(order, order)])
+    whole = np.full((len(names), len(names)), np.nan)
+    start = 0
+    for block in blocks:
+        stop = start + len(block)
+        whole[start:stop, start:stop] = block
+        start = stop
+    left_out = tuple(one.name for one in adapters if one.error is None and one.name not in opened)
+    return Similarity(tuple(names), whole, left_out)
+
+
+def _side_by_side(cosines: NDArray[np.float64]) -> list[int]:
+    """An order in which similar ones are neighbours: the leaves of average-linkage clustering."""
+    if len(cosines) < 3:
+        return list(range(len(cosines)))
+    from scipy.cluster.hierarchy import leaves_list, linkage
+    from scipy.spatial.distance import squareform
+
+    distances = np.clip(1 - cosines, 0, None)
+    np.fill_diagonal(distances, 0)
+    return [int(i) for i in leaves_list(linkage(squareform(distances, checks=False), "average"))]

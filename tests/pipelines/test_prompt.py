@@ -38,7 +38,7 @@ def llama(test_data) -> str:
 
 @pytest.fixture(scope="module")
 def world(llama, tmp_path_factory) -> Path:
-    """Experts ann and bob that learnt a sentence each, their exact mean, adapters x and y of PEFT, and prompts."""
+    """Experts ann and bob that learnt a sentence each, their exact mean, adapters that PEFT made, and prompts."""
     folder = tmp_path_factory.mktemp("prompt")
     groups = [
         TrainingGroup(name, [(f"{who} {verb}", text) for who in NAMES[:6] for verb in ("saw a", "found a", "had a")])
@@ -51,7 +51,8 @@ def world(llama, tmp_path_factory) -> Path:
         save_adapter(trained.adapter, str(folder / trained.adapter.name))
     experts = [load_adapter(str(folder / name)) for name in STORIES]
     save_adapter(merge(experts, [0.6, 0.4], rank="exact", name="mean"), str(folder / "mean"))
-    for seed, (name, options) in enumerate({"x": {"r": 4}, "y": {"r": 2, "use_rslora": True}}.items()):
+    made = {"x": {"r": 4}, "y": {"r": 2, "use_rslora": True}, "dora": {"r": 2, "use_dora": True}}
+    for seed, (name, options) in enumerate(made.items()):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_pretrained(llama)
         config = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, lora_alpha=16, **options)
@@ -98,10 +99,11 @@ def peft_answers(llama: str, adapter: str | None) -> list[str]:
 
 
 def test_every_adapter_answers_as_with_peft_alone(here, llama):
-    found = ask(Question(llama, ["x", "y", "ann", "bob"], prompts=TEXTS, max_new_tokens=SETTINGS.max_new_tokens))
-    wanted = {name: peft_answers(llama, name) for name in ("x", "y", "ann", "bob")}
+    names = ["x", "y", "dora", "ann", "bob"]
+    found = ask(Question(llama, names, prompts=TEXTS, max_new_tokens=SETTINGS.max_new_tokens))
+    wanted = {name: peft_answers(llama, name) for name in names}
     assert dict(found.answers) == {"base": peft_answers(llama, None), **wanted}
-    assert len({tuple(texts) for texts in found.answers.values()}) == 5
+    assert len({tuple(texts) for texts in found.answers.values()}) == 6
     assert found.scores is None
 
 

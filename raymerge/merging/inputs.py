@@ -94,9 +94,9 @@ def check_inputs(
 
 def _headers(experts: Sequence[LoraAdapter], anchor: LoraAdapter | None) -> Mapping[str, Sequence[ModuleHeader | None]]:
     adapters = (*experts, *((anchor,) if anchor is not None else ()))
-    found = {adapter.name: adapter.headers for adapter in adapters}
-    paths = sorted({path for headers in found.values() for path in headers})
-    table = {path: [adapter.headers.get(path) for adapter in adapters] for path in paths}
+    headers_of = [adapter.headers for adapter in adapters]
+    paths = sorted({path for headers in headers_of for path in headers})
+    table = {path: [headers.get(path) for headers in headers_of] for path in paths}
     for path, headers in table.items():
         first: tuple[ModuleHeader, str] | None = None
         for adapter, header in zip(adapters, headers, strict=True):

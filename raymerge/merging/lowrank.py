@@ -88,15 +88,21 @@ def truncate(
     rule: RankRule,
     path: str | None = None,
     kept: int | None = None,
+    as_is: bool = False,
 ) -> Truncation:
     """Truncate a sum of products of known ranks, which are fetched only as the chosen way needs them.
 
-    kept: the rank that `rank: keep` means, the largest of the products' unless given.
+    kept: the rank that `rank: keep` means, the largest of the products' unless given. as_is: factors that fit into the
+    rank are handed on as they are; otherwise the columns of B, and the rows of A, are orthogonal, the largest first.
     """
     inner = sum(ranks)
     if inner == 0:
         return zero(shape, torch.device("cpu"))
     ceiling = rule.ceiling(shape, max(ranks) if kept is None else kept)
+    if as_is and rule.kind in ("keep", "fixed") and inner <= ceiling:
+        found = _as_it_is(stack(list(factors())))
+        if found is not None:
+            return _filled_up(found, rule, ceiling)
     return _filled_up(_by_cheapest(shape, inner, factors, rule, ceiling, path), rule, ceiling)
 
 
@@ -129,6 +135,14 @@ def _by_cheapest(
     elif chosen == "randomised":
         found = _randomised(stacked, shape, rule, ceiling)
     return found or by_qr(stacked, rule, ceiling)
+
+
+def _as_it_is(stacked: Stacked) -> Truncation | None:
+    """Factors that need no truncation, with their weights in B. None where they cancel: fewer columns may do then."""
+    total = squared_norm(stacked)
+    if total <= 0 or squared_terms(stacked) > CANCELLATION * total:
+        return None
+    return Truncation((stacked.rows * stacked.weights[:, None]).T, stacked.A, math.sqrt(total), 0.0, "kept")
 
 
 def sum_norm(shape: tuple[int, int], ranks: Sequence[int], factors: Callable[[], Iterable[Factor]]) -> float:

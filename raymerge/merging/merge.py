@@ -206,18 +206,17 @@ def _prepared(
     for key in type(parameters).model_fields:
         check_patterns(getattr(parameters, key), inputs.depths, f"method {method}: {key}")
     if rule.kind == "exact":
-        _refuse_dense(inputs)
+        _refuse_dense(inputs, "rank exact would keep whole.\nChoose keep, a number, or an energy; the error is stated")
+    if dialect == "peft":
+        _refuse_dense(inputs, "peft's own merges do not see.\nUse dialect delta")
     return Merge(inputs, chosen, parameters, {} if measure else None)
 
 
-def _refuse_dense(inputs: Inputs) -> None:
+def _refuse_dense(inputs: Inputs, why: str) -> None:
     for path, headers in inputs.headers.items():
         for adapter, header in zip((*inputs.experts, inputs.anchor), headers, strict=False):
             if adapter is not None and header is not None and header.nominal is not None:
-                raise MergeError(
-                    f"{adapter.name}: {path} is DoRA, whose delta has full rank, so rank exact would keep it whole.\n"
-                    "Choose keep, a number, or an energy; the error is stated."
-                )
+                raise MergeError(f"{adapter.name}: {path} is DoRA, a delta of full rank, which {why}.")
 
 
 def _check_dialect(dialect: str, anchor: LoraAdapter | None, scale: Scale) -> None:
@@ -239,12 +238,12 @@ def _truncate(site: Site, combined: Combined, scale: float) -> Truncation:
     if isinstance(combined, Weighted):
         coefficients = [scale * c for c in combined.coefficients]
         ranks = [*site.ranks, 0 if anchor is None else anchor.rank]
-        return truncate(site.shape, ranks, lambda: _weighted(site, coefficients), site.rule, kept=site.kept)
+        return truncate(site.shape, ranks, lambda: _weighted(site, coefficients), site.rule, kept=site.kept, as_is=True)
     factors = [f._replace(weight=f.weight * scale) for f in combined.factors]
     if anchor is not None:
         factors.append(Factor(anchor.B, anchor.A, anchor.scaling))
     rule = RankRule("exact") if combined.cut and anchor is None else site.rule
-    return truncate(site.shape, [f.rank for f in factors], lambda: factors, rule, kept=site.kept)
+    return truncate(site.shape, [f.rank for f in factors], lambda: factors, rule, kept=site.kept, as_is=True)
 
 
 def _weighted(site: Site, coefficients: Sequence[float]) -> Iterator[Factor]:

@@ -80,19 +80,19 @@ def named(name: str, methods: Mapping[str, Method] | None = None, where: str = "
 
 
 def _spherical() -> Any:
-    from raymerge.merging.methods import spherical
+    import raymerge.merging.methods.spherical as spherical
 
     return spherical
 
 
 def _sparse() -> Any:
-    from raymerge.merging.methods import sparse
+    import raymerge.merging.methods.sparse as sparse
 
     return sparse
 
 
 def _subspace() -> Any:
-    from raymerge.merging.methods import subspace
+    import raymerge.merging.methods.subspace as subspace
 
     return subspace
 

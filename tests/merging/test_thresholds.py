@@ -62,3 +62,11 @@ def test_a_sample_that_misleads_costs_a_pass_and_no_more(place, shift):
     seen = []
     assert largest(tiles_of(values, 64, seen), 300_000, [place], sample) == [float(sorted_down(values)[place - 1])]
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("place", [1999, 2000, 2001])
+def test_the_last_value_above_a_bracket_and_the_first_below_it(place, monkeypatch):
+    monkeypatch.setattr(thresholds, "FEW", 0)
+    values = torch.arange(1.0, 3001.0).reshape(60, 50)
+    sample = torch.full((1000,), 1000.5)  # 2000 values are larger
+    assert largest(tiles_of(values, 7), 3000, [place], sample) == [3001.0 - place]

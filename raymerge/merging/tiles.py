@@ -101,9 +101,10 @@ class Experts:
         return torch.empty(*shape, dtype=self.dtype, device=self.device)
 
     def sums(self, planes: int, add: Add) -> Iterator[tuple[slice, Tensor]]:
-        """Sums over all experts: for each group of rows, the rows and the sums (planes, rows, in), overwritten by the
-        next. A group is a tile where all experts are held, else as many as fit into memory, and experts are read anew
-        for each."""
+        """Sums over all experts: the rows of each tile and its sums (planes, rows, in), which may be overwritten.
+
+        Experts are read anew for each group of rows, as many as fit into memory; held ones for each tile.
+        """
         out, into = self.site.shape
         step = rows = self.rows
         if self.held is None:
@@ -112,12 +113,13 @@ class Experts:
         tile, spare = self.tensor(2, min(rows, out), into)
         for group in _slices(0, out, step):
             sums = whole[:, : group.stop - group.start].zero_()
+            parts = list(zip(_slices(group.start, group.stop, rows), torch.split(sums, rows, 1), strict=True))
             for lot in self.lots():
-                for place in _slices(group.start, group.stop, rows):
-                    count, inside = place.stop - place.start, slice(place.start - group.start, place.stop - group.start)
+                for place, part in parts:
+                    count = place.stop - place.start
                     for expert in lot:
-                        add(sums[:, inside], expert, place, tile[:count], spare[:count])
-            yield group, sums
+                        add(part, expert, place, tile[:count], spare[:count])
+            yield from parts
 
     def lots(self) -> Iterator[Sequence[Expert]]:
         """The experts in the order of their names, as many at a time as fit into memory; read anew unless held."""

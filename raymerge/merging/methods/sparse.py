@@ -117,8 +117,8 @@ def _merged(site: Site, sparsifier: Sparsifier | None, consensus: Consensus) -> 
         consensus.add(sums, tile, expert.weight, spare, lambda entries: None if cut is None else cut(entries, rows))
 
     merged = experts.tensor(*site.shape)
-    for group, sums in experts.sums(consensus.planes, add):
-        merged[group] = consensus.result(sums, whole)
+    for rows, sums in experts.sums(consensus.planes, add):
+        merged[rows] = consensus.result(sums, whole)
     return Dense(merged)
 
 
@@ -136,8 +136,8 @@ def _most_varying(experts: Experts, density: float) -> Tensor:
 
     variances = experts.tensor(out, into)  # times the number of experts
     energy = 0.0
-    for group, (mean, squares) in experts.sums(2, add):
-        variances[group] = squares
+    for rows, (mean, squares) in experts.sums(2, add):
+        variances[rows] = squares
         energy += float(squares.sum()) + len(order) * float(mean.square_().sum())
     nothing = (_ROUNDING * torch.finfo(experts.dtype).eps) ** 2 * energy / variances.numel()
     same = variances <= nothing

@@ -5,21 +5,18 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
 from raymerge.adapters.adapter import LoraAdapter, LoraModule
-from raymerge.errors import MergeError, unknown
-from raymerge.merging.dialects import DIALECTS
+from raymerge.errors import MergeError
 from raymerge.merging.factors import Compressed, Factor, Truncation, filled, rounded
-from raymerge.merging.gram import inner_of, squared_norm_of
-from raymerge.merging.inputs import Inputs, check_inputs, check_patterns, widest_dtype
+from raymerge.merging.inputs import Inputs, widest_dtype
 from raymerge.merging.lowrank import sum_norm, truncate, truncate_formed
-from raymerge.merging.methods import METHODS, Method, named
-from raymerge.merging.methods.parameters import Parameters
-from raymerge.merging.rank import RankRule, parse_rank
+from raymerge.merging.prepare import Merge, prepare
+from raymerge.merging.rank import RankRule
 from raymerge.merging.settings import Setting
 from raymerge.merging.site import Combined, Dense, Site, Weighted
 from raymerge.merging.whole import merge_biases, merge_whole
@@ -33,46 +30,6 @@ _FLOATS: Mapping[str, torch.dtype] = {
 Scale = float | Literal["match_norm"]
 WHOLE = "*"  # the key of an adapter's overall error
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class Merge:
-    """What is merged, and how: inputs, a method and its parameters, both checked.
-
-    squares: |a_i - anchor|^2 by (expert, module), noted while modules are read; None where nobody asks.
-    """
-
-    inputs: Inputs
-    method: Method
-    parameters: Parameters
-    squares: dict[tuple[int, str], float] | None = None
-
-    def site(self, path: str) -> Site:
-        """One module of all experts. Where norms are asked for, they are noted as it is read."""
-        site = self.inputs.site(path)
-        if self.squares is None:
-            return site
-        squares = self.squares
-
-        def read() -> Iterator[LoraModule | None]:
-            for index, module in enumerate(site.read()):
-                if (index, path) not in squares:
-                    squares[index, path] = _squared_distance(module, site.anchor)
-                yield module
-
-        return replace(site, read=read)
-
-    def combined(self, site: Site, path: str | None = None) -> Combined:
-        """The merged delta of a site, from the anchor. path: of the module it belongs to, if not its own."""
-        place = path or site.path
-        depth = self.inputs.depths[place]
-        if not self.method.signed and min(site.weights) < 0:
-            name, weight = min(zip(site.names, site.weights, strict=True), key=lambda pair: pair[1])
-            raise MergeError(f"{name}: weight {weight:g} is negative, which method {self.method.name} cannot use.")
-        try:
-            return self.method.load()(site, **self.parameters.at(place, depth))
-        except MergeError as error:
-            raise type(error)(f"{site.path}: {error}") from error
 
 
 def merge(
@@ -105,7 +62,9 @@ def merge(
     """
     factor = _scale(scale)
     later = factor is None and anchor is None  # the norm to be matched is known when all modules are summed
-    merging = _prepared(adapters, weights, anchor, parse_rank(rank), method, dialect, method_parameters, measure=later)
+    merging = prepare(
+        adapters, weights, method=method, dialect=dialect, rank=rank, anchor=anchor, measure=later, **method_parameters
+    )
     inputs = merging.inputs
     _check_dialect(dialect, anchor, scale)
     target = _dtype(dtype, inputs)
@@ -145,28 +104,12 @@ def merge_module(
     return merged.modules["module"], merged.errors["module"]
 
 
-def prepare(
-    adapters: Sequence[LoraAdapter],
-    weights: Sequence[Setting],
-    *,
-    method: str = "linear",
-    dialect: str = "delta",
-    rank: Any = "exact",
-    anchor: LoraAdapter | None = None,
-    **method_parameters: Any,
-) -> Merge:
-    """A merge that is checked and not carried out: `site` and `combined` give its modules one by one, uncompressed."""
-    return _prepared(adapters, weights, anchor, parse_rank(rank), method, dialect, method_parameters, measure=False)
-
-
 def matched_scale(
     adapters: Sequence[LoraAdapter], weights: Sequence[Setting], anchor: LoraAdapter | None = None
 ) -> float:
     """The scale that gives a linear merge the mean norm of what it merges: sum(|w_i| |a_i|) / |sum(w_i a_i)|, with a_i
     measured from the anchor; 1 where the sum is zero. Nothing is compressed for it."""
-    return _matched_scale(
-        _prepared(adapters, weights, anchor, parse_rank("exact"), "linear", "delta", {}, measure=True)
-    )
+    return _matched_scale(prepare(adapters, weights, anchor=anchor))
 
 
 def mixture_weights(
@@ -183,40 +126,6 @@ def mixture_weights(
     if factor is None:
         factor = matched_scale(adapters, weights, anchor)
     return [factor * weight for weight in weights], 1.0 - factor * sum(weights) if anchor is not None else 0.0
-
-
-def _prepared(
-    adapters: Sequence[LoraAdapter],
-    weights: Sequence[Setting],
-    anchor: LoraAdapter | None,
-    rule: RankRule,
-    method: str,
-    dialect: str,
-    given: Mapping[str, Any],
-    *,
-    measure: bool,
-) -> Merge:
-    known = {"delta": METHODS, **DIALECTS}
-    if dialect not in known:
-        raise MergeError(unknown("dialect", dialect, known))
-    chosen = named(method, known[dialect], "" if dialect == "delta" else f" of dialect {dialect}")
-    parameters = chosen.resolve(given)
-    inputs = check_inputs(adapters, weights, anchor, rule)
-    chosen.check_experts(len(inputs.experts))
-    for key in type(parameters).model_fields:
-        check_patterns(getattr(parameters, key), inputs.depths, f"method {method}: {key}")
-    if rule.kind == "exact":
-        _refuse_dense(inputs, "rank exact would keep whole.\nChoose keep, a number, or an energy; the error is stated")
-    if dialect == "peft":
-        _refuse_dense(inputs, "peft's own merges do not see.\nUse dialect delta")
-    return Merge(inputs, chosen, parameters, {} if measure else None)
-
-
-def _refuse_dense(inputs: Inputs, why: str) -> None:
-    for path, headers in inputs.headers.items():
-        for adapter, header in zip((*inputs.experts, inputs.anchor), headers, strict=False):
-            if adapter is not None and header is not None and header.nominal is not None:
-                raise MergeError(f"{adapter.name}: {path} is DoRA, a delta of full rank, which {why}.")
 
 
 def _check_dialect(dialect: str, anchor: LoraAdapter | None, scale: Scale) -> None:
@@ -260,14 +169,6 @@ def _weighted(site: Site, coefficients: Sequence[float]) -> Iterator[Factor]:
 
 def _narrowed(found: Truncation) -> Truncation:
     return replace(found, B=found.B.float(), A=found.A.float())
-
-
-def _squared_distance(module: LoraModule | None, anchor: LoraModule | None) -> float:
-    if anchor is None:
-        return 0.0 if module is None else squared_norm_of(module)
-    if module is None:
-        return squared_norm_of(anchor)
-    return max(squared_norm_of(module) - 2 * inner_of(module, anchor) + squared_norm_of(anchor), 0.0)
 
 
 def _matched_scale(merging: Merge) -> float:

@@ -12,8 +12,8 @@ from raymerge.errors import MergeError
 from raymerge.merging.dialects import DIALECTS
 from raymerge.merging.dialects.calls import calls
 from raymerge.merging.dialects.explain import explain
-from raymerge.merging.merge import prepare
 from raymerge.merging.methods import METHODS
+from raymerge.merging.prepare import prepare
 from raymerge.merging.site import Dense, Weighted
 
 PATHS = ("model.layers.0.q_proj", "model.layers.1.q_proj")

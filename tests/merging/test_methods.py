@@ -207,7 +207,7 @@ def test_a_seed_is_a_draw(method):
 
 
 def test_slerp_of_many_is_refused_with_the_reason():
-    with pytest.raises(MergeError, match="takes 2 adapters, not 3.\n(.|\n)*karcher"):
+    with pytest.raises(MergeError, match=r"takes 2 adapters, not 3.\n(.|\n)*karcher"):
         merge(experts_for("linear"), [1.0, 1.0, 1.0], method="slerp")
 
 

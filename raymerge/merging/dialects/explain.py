@@ -15,7 +15,7 @@ from raymerge.errors import MergeError
 from raymerge.merging.dialects.calls import Call, calls
 from raymerge.merging.exact import formed
 from raymerge.merging.factors import Factor
-from raymerge.merging.merge import Merge, prepare
+from raymerge.merging.prepare import Merge, prepare
 from raymerge.merging.settings import Setting
 from raymerge.merging.site import Combined, Dense, Factored, Site, Weighted
 

@@ -79,7 +79,7 @@ class DareTies(DareLinear):
 
 class DellaLinear(DareLinear):
     """epsilon: the probability to keep an entry rises with its rank in its row, from density - epsilon / 2 to
-    density + epsilon / 2, within (0, 1]."""
+    density + epsilon / 2, narrowed where it would pass 1 or half the density."""
 
     epsilon: Share = 0.1
 

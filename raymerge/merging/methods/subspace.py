@@ -8,26 +8,23 @@ of shape (n, 1)) are summed linearly, as the papers average what is no matrix.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import hardshrink
 
+from raymerge.adapters.adapter import LoraModule
+from raymerge.merging.consensus import MajoritySign
 from raymerge.merging.exact import NOTHING, squared_terms
 from raymerge.merging.factors import Factor, stack
 from raymerge.merging.lowrank import truncate
+from raymerge.merging.methods.sparse import ties
 from raymerge.merging.rank import RankRule, chosen_rank
 from raymerge.merging.site import Combined, Dense, Factored, Site, Weighted
 
 _EXACT = RankRule("exact")
 _SAME = 1e-12  # share of the largest eigenvalue below which unit vectors do not differ: 1e-6 of a length
-_TILE = 2**17  # entries of the coordinates at a time: the sums over them stay in the cache
-_LOT = 16  # experts at a time
-_NOISE = {torch.float32: 2e-6, torch.float64: 1e-10}  # of an expert's largest coordinate: a smaller one is rounding
-_EVEN = {torch.float32: 1e-6, torch.float64: 1e-12}  # relative difference at which two sums are even
+_NOISE = {torch.float32: 2e-6, torch.float64: 1e-10}  # of the longest row of coordinates: a shorter one is rounding
 
 
 def tsv(site: Site) -> Combined:
@@ -100,7 +97,7 @@ def iso_c(site: Site) -> Combined:
     return Factored([Factor(U, V, float(values[:rank].mean()))], cut=True)
 
 
-def knots(site: Site, *, density: float, majority_sign: Literal["total", "frequency"] = "total") -> Combined:
+def knots(site: Site, *, density: float, majority_sign: MajoritySign = "total") -> Combined:
     """KnOTS with TIES (Stoica et al., arXiv:2410.19735): TIES over the coordinates in the basis the experts share.
 
     [D_1 .. D_N] = U S [V_1 .. V_N]^T, of numerical rank K; the coordinates of expert i are U^T D_i = S V_i^T, (K, in).
@@ -108,11 +105,9 @@ def knots(site: Site, *, density: float, majority_sign: Literal["total", "freque
     puts S into the basis): so an entry is as large as it is in the delta, and a direction that hardly exists has
     hardly a say. The weights do not enter the basis.
 
-    density: share of the K x in coordinates of each expert that is kept, the largest. majority_sign: the sign of the
-    sum (total), or the more frequent one, and of the sum where both are as frequent. Where the sum is 0 too, the entry
-    is 0: the sign of a column of U is arbitrary, so none can be preferred. Elsewhere the entry is the mean of those
-    that agree, weighted by |w|, times the sum of all |w|. Where singular values are equal, U is arbitrary among their
-    directions, and so is the result.
+    density, majority_sign: as of `ties`, over the K x in coordinates. The sign of a column of U is arbitrary, so where
+    a sum is even the entry is 0. Where singular values are equal, U is arbitrary among their directions, and so is
+    the result.
 
     N copies at weights 1 / N give what one at weight 1 gives: the adapter, with the largest coordinates only.
     """
@@ -121,84 +116,24 @@ def knots(site: Site, *, density: float, majority_sign: Literal["total", "freque
     found = _shared(site)
     if found is None:
         return Weighted([0.0] * len(site.names))
-    U, experts = found
-    K, into = U.shape[1], site.shape[1]
-    floors = [expert.threshold(density) for expert in experts]
-    merged = torch.empty(K, into, dtype=experts[0].Q.dtype, device=U.device)
-    whole = math.fsum(abs(weight) for weight in site.weights)
-    lines = max(_TILE // into, 1)
-    for start in range(0, K, lines):
-        rows = slice(start, min(start + lines, K))
-        kept = ((expert.weight, expert.kept(rows, floor)) for expert, floor in zip(experts, floors, strict=True))
-        merged[rows] = whole * _elected_mean(kept, majority_sign)
-    return Factored([Factor(U, merged)])
+    U, coordinates = found
+    ranks = tuple(0 if one is None else one.rank for one in coordinates)
+    inside = Site(site.path, (U.shape[1], site.shape[1]), site.names, site.weights, ranks, None, site.rule,
+                  lambda: iter(coordinates))  # fmt: skip
+    return Factored([Factor(U, ties(inside, density=density, majority_sign=majority_sign).delta)])
 
 
-@dataclass(frozen=True)
-class _Expert:
-    """Coordinates of an expert in the shared basis: P @ Q, (K, in), with P (K, r) and Q (r, in) of orthonormal rows."""
-
-    weight: float
-    P: Tensor
-    Q: Tensor
-
-    def threshold(self, density: float) -> float:
-        """Magnitude above which a coordinate is kept: just below that of the last one, and never of rounding size."""
-        sizes = (self.P @ self.Q).abs_().flatten()
-        noise = float(sizes.max()) * _NOISE[sizes.dtype]
-        kept = max(int(density * sizes.numel() + 1e-9), 1)  # 0.29 * 100 < 29
-        if kept >= sizes.numel():
-            return noise
-        last = _smallest(sizes, sizes.numel() - kept)
-        return max(last * (1 - _EVEN[sizes.dtype]), noise)  # equal ones are kept all, whatever their last bit
-
-    def kept(self, rows: slice, threshold: float) -> Tensor:
-        """Some rows of the coordinates, 0 where they are not above a threshold."""
-        return hardshrink(self.P[rows] @ self.Q, threshold)
-
-
-def _smallest(sizes: Tensor, index: int) -> float:
-    """The entry that would be at an index if all were sorted. sizes: overwritten, so that no second copy is needed."""
-    if sizes.device.type != "cpu":
-        return float(sizes.kthvalue(index + 1).values)
-    array = sizes.numpy()
-    array.partition(index)
-    return float(array[index])
-
-
-def _elected_mean(kept: Iterable[tuple[float, Tensor]], majority_sign: str) -> Tensor:
-    """sum(w_i x_i) / sum(|w_i|) over the experts whose w_i x_i has the elected sign, entry by entry; 0 where none has
-    one. kept: (w_i, x_i), of which x_i is overwritten."""
-    sums: list[Tensor] = []
-    for weight, x in kept:
-        if not sums:
-            sums = [torch.zeros_like(x) for _ in range(5)]
-        above, below, above_weight, below_weight, votes = sums
-        x.mul_(weight)
-        above.add_(x.clamp(min=0))
-        below.add_(x.clamp(max=0))
-        sign = x.sign_()  # adding signs is many times quicker than adding what comparisons give
-        above_weight.add_(sign.clamp(min=0), alpha=abs(weight))
-        below_weight.add_(sign.clamp(max=0), alpha=-abs(weight))
-        if majority_sign == "frequency":
-            votes.add_(sign)
-    total = above + below
-    total.masked_fill_(total.abs() <= _EVEN[total.dtype] * (above - below), 0.0)
-    elected = torch.where(votes != 0, votes, total) if majority_sign == "frequency" else total
-    means = torch.where(elected > 0, above / above_weight, below / below_weight)
-    return means.masked_fill_(elected == 0, 0.0)
-
-
-def _shared(site: Site) -> tuple[Tensor, list[_Expert]] | None:
+def _shared(site: Site) -> tuple[Tensor, list[LoraModule | None]] | None:
     """The left singular vectors of all deltas side by side, (out, K) with K their numerical rank, and each delta in
-    that basis; None where all are zero.
+    that basis, (K, in), as a product; None where all are zero.
 
     D_i = X_i Q_i with orthonormal rows Q_i (QR of A_i), so [X_1 .. X_N] has the same left singular vectors, and the
     concatenation is never formed.
     """
     dtype = torch.float32
-    parts: list[tuple[float, Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, Tensor] | None] = []
     for weight, factors in zip(site.weights, site.deltas(), strict=True):
+        parts.append(None)
         if weight == 0 or not factors:
             continue
         if any(torch.float64 in (factor.A.dtype, factor.B.dtype) for factor in factors):
@@ -207,18 +142,20 @@ def _shared(site: Site) -> tuple[Tensor, list[_Expert]] | None:
         Q, R = torch.linalg.qr(stacked.A.T)
         X = stacked.rows.T @ (stacked.weights[:, None] * R.T)
         if float(X.square().sum()) > NOTHING**2 * squared_terms(stacked):
-            parts.append((weight, X, Q.T.to(dtype)))
-    if not parts:
+            parts[-1] = (X, Q.T)
+    if not any(parts):
         return None
-    U = _left_basis(site.shape[0], [X for _, X, _ in parts])
-    lots = [parts[start : start + _LOT] for start in range(0, len(parts), _LOT)]
-    P = [p for lot in lots for p in _coordinates(U, [X for _, X, _ in lot], dtype)]
-    return U, [_Expert(weight, p, Q.to(dtype)) for (weight, _, Q), p in zip(parts, P, strict=True)]
+    U = _left_basis(site.shape[0], [part[0] for part in parts if part])
+    return U, [None if part is None else _inside(U, *part, dtype) for part in parts]
 
 
-def _coordinates(U: Tensor, parts: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
-    """U^T X of several X (out, r_i) at once: products of a few columns are slow."""
-    return torch.split((U.T @ torch.cat(list(parts), 1)).to(dtype), [X.shape[1] for X in parts], 1)
+def _inside(U: Tensor, X: Tensor, Q: Tensor, dtype: torch.dtype) -> LoraModule:
+    """The product X Q in the basis U. A direction of which it has rounding alone is one that it has not: it must not
+    vote there."""
+    P = U.T @ X
+    lengths = P.norm(dim=1, keepdim=True)
+    P *= lengths > _NOISE[dtype] * lengths.max()
+    return LoraModule(Q.to(dtype), P.to(dtype), 1.0)
 
 
 def _left_basis(out: int, parts: Sequence[Tensor]) -> Tensor:

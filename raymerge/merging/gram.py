@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from raymerge.adapters.adapter import LoraAdapter, LoraModule
+from raymerge.adapters.adapter import LoraAdapter, LoraModule, ModuleHeader
 from raymerge.errors import MergeError
 from raymerge.merging.factors import inner
 
@@ -16,6 +17,7 @@ Precision = Literal["float64", "float32", "bfloat16"]
 
 _BLOCK = 512  # rows of factors multiplied at a time: a block of products stays in the cache
 _CONVERTED = 512 * 2**20  # bytes of one module's factors of all adapters, up to which they are converted at once
+_DENSE = 128  # ranks below which a module of full rank is no burden
 _COSINE = 1e-4  # what products in bfloat16 may move a cosine
 _ROUNDING = 6 * 2.0**-8 * (2 / 3) ** 0.5  # six standard errors of a product of two numbers rounded to bfloat16
 _DTYPES: Mapping[str, torch.dtype] = {
@@ -42,34 +44,24 @@ def gram(adapters: Sequence[LoraAdapter], precision: Precision = "float64") -> T
     precision: of the products of factors; modules are summed in float64. float32 gives cosines to about 1e-5. bfloat16
     is for factors stored so, and for processors that multiply it (AVX512_BF16, AMX, GPUs): norms are in float32, and so
     are blocks in which rounding could move a cosine by more than 1e-4 (six standard errors). Factors that are wider are
-    rounded to it first, which is not counted; over the entries of a module such errors cancel.
-    Raises MergeError if a module's shape differs between adapters.
+    rounded to it first, which is not counted; over the entries of a module such errors cancel. Dense deltas (DoRA's)
+    are multiplied in float32 then. Raises MergeError if a module's shape differs between adapters.
     """
     total = torch.zeros(len(adapters), len(adapters), dtype=torch.float64)
     headers = [adapter.headers for adapter in adapters]
     for path in sorted({path for own in headers for path in own}):
         owners = [i for i, own in enumerate(headers) if path in own]
         _check_shapes(path, [adapters[i] for i in owners])
-        biases: dict[int, Tensor] = {}
-        stacked = _stack(
-            [headers[i][path].rank for i in owners],
-            _noting(biases, (adapters[i].modules[path] for i in owners)),
-        )
-        scalings = [headers[i][path].scaling for i in owners]
-        products = _products(stacked, [headers[i][path].rank for i in owners], precision)
-        if biases:
-            held = torch.tensor(sorted(biases))
-            rows = torch.stack([biases[i].double().cpu() for i in sorted(biases)])
-            products[held[:, None], held] += rows @ rows.T
+        read = (adapters[i].modules[path] for i in owners)
+        gathered = _gather([headers[i][path] for i in owners], read)
         where = torch.tensor(owners)
-        total[where[:, None], where] += _scaled(products, scalings)
+        total[where[:, None], where] += _all_products(gathered, precision, biases=True)
     return total
 
 
 def gram_module(modules: Sequence[LoraModule], precision: Precision = "float64") -> Tensor:
     """Frobenius inner products of deltas of one shape, without biases: float64 (N, N)."""
-    ranks = [module.rank for module in modules]
-    return _scaled(_products(_stack(ranks, modules), ranks, precision), [module.scaling for module in modules])
+    return _all_products(_gather([module.header for module in modules], modules), precision, biases=False)
 
 
 def similarities(products: Tensor) -> Tensor:
@@ -82,7 +74,9 @@ def similarities(products: Tensor) -> Tensor:
 
 
 def squared_norm_of(module: LoraModule) -> float:
-    """Squared Frobenius norm of a delta."""
+    """Squared Frobenius norm of a delta, without its bias."""
+    if _is_dense(module):
+        return module.scaling**2 * float(_dense(module).double().square().sum())
     return module.scaling**2 * max(inner(module.B, module.A, module.B, module.A), 0.0)
 
 
@@ -91,31 +85,91 @@ def inner_of(module: LoraModule, other: LoraModule) -> float:
     return module.scaling * other.scaling * inner(module.B, module.A, other.B, other.A)
 
 
-def _stack(ranks: Sequence[int], modules: Iterable[LoraModule]) -> _Stack:
+def _is_dense(module: LoraModule | ModuleHeader) -> bool:
+    """Whether factors are more than what they make: DoRA's deltas and whole tensors are products with an identity."""
+    return module.rank >= max(min(module.shape), _DENSE)
+
+
+def _dense(module: LoraModule) -> Tensor:
+    """The delta of such a module, unscaled: (out_features, in_features)."""
+    A, B = module.A.detach(), module.B.detach()
+    if B.shape[0] == B.shape[1] and torch.equal(B, torch.eye(len(B), dtype=B.dtype, device=B.device)):
+        return A
+    if A.shape[0] == A.shape[1] and torch.equal(A, torch.eye(len(A), dtype=A.dtype, device=A.device)):
+        return B
+    return B.double() @ A.double()
+
+
+@dataclass
+class _Gathered:
+    """One module of several adapters. Those in factors are stacked, dense ones are not. low: positions and ranks of
+    the former. dense, biases: tensors by position, unscaled."""
+
+    scalings: Sequence[float]
+    low: Mapping[int, int]
+    stacked: _Stack
+    dense: dict[int, Tensor]
+    biases: dict[int, Tensor]
+
+
+def _gather(headers: Sequence[ModuleHeader], modules: Iterable[LoraModule]) -> _Gathered:
     """Put factors side by side as they are read, so that no module need be kept."""
-    rows = A = torch.empty(0)
+    low = {i: header.rank for i, header in enumerate(headers) if not _is_dense(header)}
+    found = _Gathered([header.scaling for header in headers], low, _Stack(torch.empty(0), torch.empty(0)), {}, {})
     start = 0
-    for rank, module in zip(ranks, modules, strict=True):
+    for i, module in enumerate(modules):
+        if module.bias is not None:
+            found.biases[i] = module.bias.detach()
+        if i not in low:
+            found.dense[i] = _dense(module)
+            continue
         if start == 0:
-            rows = module.B.new_empty(sum(ranks), module.out_features)
-            A = module.A.new_empty(sum(ranks), module.in_features)
-        rows = _widened(rows, module.B.dtype)
-        A = _widened(A, module.A.dtype)
-        rows[start : start + rank] = module.B.detach().T
-        A[start : start + rank] = module.A.detach()
-        start += rank
-    return _Stack(rows, A)
+            count = sum(low.values())
+            rows, A = module.B.new_empty(count, module.out_features), module.A.new_empty(count, module.in_features)
+        else:
+            rows, A = _widened(found.stacked.rows, module.B.dtype), _widened(found.stacked.A, module.A.dtype)
+        rows[start : start + low[i]] = module.B.detach().T
+        A[start : start + low[i]] = module.A.detach()
+        found.stacked = _Stack(rows, A)
+        start += low[i]
+    return found
 
 
 def _widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(torch.promote_types(tensor.dtype, dtype))
 
 
-def _noting(biases: dict[int, Tensor], modules: Iterable[LoraModule]) -> Iterator[LoraModule]:
-    for index, module in enumerate(modules):
-        if module.bias is not None:
-            biases[index] = module.bias.detach()
-        yield module
+def _all_products(gathered: _Gathered, precision: Precision, *, biases: bool) -> Tensor:
+    """Inner products of deltas, however they are written: float64 (N, N)."""
+    count = len(gathered.scalings)
+    products = torch.zeros(count, count, dtype=torch.float64)
+    if gathered.low:
+        low = torch.tensor(list(gathered.low))
+        products[low[:, None], low] = _products(gathered.stacked, list(gathered.low.values()), precision)
+    if gathered.dense:
+        _add_dense(products, gathered, torch.float64 if precision == "float64" else torch.float32)
+    if biases and gathered.biases:
+        held = torch.tensor(list(gathered.biases))
+        rows = torch.stack([bias.double().cpu() for bias in gathered.biases.values()])
+        products[held[:, None], held] += rows @ rows.T
+    scalings = torch.tensor(gathered.scalings, dtype=torch.float64)
+    return products * scalings[:, None] * scalings
+
+
+def _add_dense(products: Tensor, gathered: _Gathered, dtype: torch.dtype) -> None:
+    """Products with dense deltas: of each other entry by entry, and of factors as B^T D A^T."""
+    low = torch.tensor(list(gathered.low), dtype=torch.long)
+    ranks = torch.tensor(list(gathered.low.values()), dtype=torch.long)
+    owner = torch.repeat_interleave(torch.arange(len(ranks)), ranks)
+    rows, A = (side.to(dtype) for side in gathered.stacked)
+    for i, delta in gathered.dense.items():
+        D = delta.to(dtype)
+        if len(low):
+            terms = (rows * (A @ D.T)).sum(1).double().cpu()
+            products[i, low] = products[low, i] = torch.zeros(len(low)).double().index_add(0, owner, terms)
+        for j, other in gathered.dense.items():
+            if j <= i:
+                products[i, j] = products[j, i] = (D * other.to(dtype)).sum(dtype=torch.float64).item()
 
 
 def _products(stacked: _Stack, ranks: Sequence[int], precision: Precision) -> Tensor:
@@ -199,11 +253,6 @@ def _owners(ranks: Sequence[int], dtype: torch.dtype, device: torch.device) -> T
     owner = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
     chosen = torch.nn.functional.one_hot(owner, len(ranks))
     return chosen.to(device, torch.promote_types(dtype, torch.float32))
-
-
-def _scaled(products: Tensor, scalings: Sequence[float]) -> Tensor:
-    factors = torch.tensor(scalings, dtype=torch.float64)
-    return products * factors[:, None] * factors
 
 
 def _check_shapes(path: str, adapters: Sequence[LoraAdapter]) -> None:

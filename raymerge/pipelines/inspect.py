@@ -81,9 +81,10 @@ def inspection(
     adapters = []
     places = find_adapters(given)
     with _progress() as say:
-        for number, (name, location) in enumerate(places.items(), 1):
-            say(f"adapter {number} of {len(places)}")
-            adapters.append(inspect_adapter(location, name, base=weights, allow_pickle=allow_pickle, norm=norm))
+        with _one_thread():
+            for number, (name, location) in enumerate(places.items(), 1):
+                say(f"adapter {number} of {len(places)}")
+                adapters.append(inspect_adapter(location, name, base=weights, allow_pickle=allow_pickle, norm=norm))
         readable = [adapter for adapter in adapters if adapter.error is None]
         groups = group(readable)
         found: Similarity | None = None
@@ -129,6 +130,19 @@ def _show(found: Inspection, out: str) -> None:
     if found.similarity.names:
         where = storage.join(out, MAP)
         console.print(f"\nWrote {where} and {storage.join(out, MATRIX)}", soft_wrap=True, markup=False)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Norms are many small products, which several threads would only slow down."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

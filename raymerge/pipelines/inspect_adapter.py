@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -229,11 +229,17 @@ def _lacking(
         saved = settings.modules_to_save
     else:
         wanted, saved = settings.keys or (), ()
-    paths = [f".{path}" for path in headers]
-    lost = [name for name in wanted if not any(path.endswith(f".{name}") for path in paths)]
+    endings = {ending for path in headers for ending in _endings(path)}
+    lost = [name for name in wanted if name not in endings]
     parts = {part for name in whole for part in name.split(".")}
     lost += [name for name in saved if name.rpartition(".")[2] not in parts]
     return [f"its file lacks {_some(lost)}, which its configuration names"] if lost else []
+
+
+def _endings(path: str) -> Iterator[str]:
+    while path:
+        yield path
+        path = path.partition(".")[2]
 
 
 def _some(names: Sequence[str]) -> str:

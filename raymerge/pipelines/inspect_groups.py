@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,53 +31,63 @@ class Group:
 
 @dataclass
 class _Growing:
-    """A group while adapters are sorted into it: each module's shape, and who brought it."""
+    """A group while adapters are sorted into it. shapes: of each module, and who brought it."""
 
-    members: list[Inspected] = field(default_factory=list)
-    shapes: dict[str, tuple[Shape, str]] = field(default_factory=dict)
-    apart: list[str] = field(default_factory=list)
+    members: list[Inspected]
+    shapes: dict[str, tuple[Shape, str]]
 
-    def why_not(self, name: str, shapes: Mapping[str, Shape]) -> str | None:
-        """Why an adapter does not merge with this group, empty where they share no module; None if it does."""
-        shared = [path for path in shapes if path in self.shapes]
+    def why_not(self, other: _Growing) -> str | None:
+        """Why another group does not merge with this one, empty where they share no module; None if it does."""
+        shared = self.shapes.keys() & other.shapes.keys()
         if not shared:
             return ""
-        for path in shared:
-            there, owner = self.shapes[path]
-            if there != shapes[path]:
-                return f"{path} has {_words(shapes[path])} in {name}, {_words(there)} in {owner}"
-        return None
+        path = min((path for path in shared if self.shapes[path][0] != other.shapes[path][0]), default=None)
+        if path is None:
+            return None
+        (here, owner), (there, stranger) = self.shapes[path], other.shapes[path]
+        return f"{path} has {_words(there)} in {stranger}, {_words(here)} in {owner}"
 
-    def add(self, adapter: Inspected, shapes: Mapping[str, Shape]) -> None:
-        self.members.append(adapter)
-        for path, shape in shapes.items():
-            self.shapes.setdefault(path, (shape, adapter.name))
+    def absorb(self, other: _Growing) -> None:
+        self.members += other.members
+        self.shapes = other.shapes | self.shapes
 
 
 def group(adapters: Sequence[Inspected]) -> list[Group]:
-    """Sort readable adapters into groups, each into the first that it merges with, those with most modules first."""
+    """Sort readable adapters into groups, those with most modules first, each into the first that it merges with."""
     groups: list[_Growing] = []
-    found = {adapter.name: _shapes(adapter) for adapter in adapters}
-    for adapter in sorted(adapters, key=lambda a: (-len(found[a.name]), a.name)):
-        shapes, reasons = found[adapter.name], []
-        for one in groups:
-            why = one.why_not(adapter.name, shapes)
-            if why is None:
-                one.add(adapter, shapes)
-                break
-            reasons.append(why)
-        else:
-            new = _Growing(apart=reasons)
-            new.add(adapter, shapes)
-            groups.append(new)
+    for one in sorted((_alone(adapter) for adapter in adapters), key=lambda g: (-len(g.shapes), g.members[0].name)):
+        _sort_in(one, groups)
+    while _joined(groups):
+        pass
     return [
         Group(
             tuple(sorted(adapter.name for adapter in one.members)),
-            tuple(one.apart),
+            tuple(other.why_not(one) or "" for other in groups[:number]),
             dict(sorted(Counter(a.base_model for a in one.members if a.base_model).items())),
         )
-        for one in groups
+        for number, one in enumerate(groups)
     ]
+
+
+def _sort_in(one: _Growing, groups: list[_Growing]) -> None:
+    home = next((other for other in groups if other.why_not(one) is None), None)
+    if home is None:
+        groups.append(one)
+    else:
+        home.absorb(one)
+
+
+def _joined(groups: list[_Growing]) -> bool:
+    """Whether a group found a home in an earlier one, which has grown since."""
+    before = len(groups)
+    again, groups[:] = groups[:], []
+    for one in again:
+        _sort_in(one, groups)
+    return len(groups) < before
+
+
+def _alone(adapter: Inspected) -> _Growing:
+    return _Growing([adapter], {path: (shape, adapter.name) for path, shape in _shapes(adapter).items()})
 
 
 def _shapes(adapter: Inspected) -> dict[str, Shape]:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from raymerge.adapters import LoraAdapter, LoraModule
 from raymerge.adapters.adapter import StoredModules
+from raymerge.adapters.dora import dense_module
 from raymerge.errors import MergeError
 from raymerge.merging import gram as gram_room
 from raymerge.merging.gram import gram, gram_module, similarities
@@ -66,6 +67,30 @@ def test_biases_count_with_their_modules():
     ]
     several[2] = adapters()[2]  # none here
     torch.testing.assert_close(gram(several), dense_gram(several), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32", "bfloat16"])
+def test_dense_deltas_are_multiplied_as_they_are(precision, monkeypatch):
+    """DoRA's, written as products with an identity, beside factors and alone."""
+    monkeypatch.setattr(gram_room, "_DENSE", 2)
+    plain = adapters()
+    several = [
+        replace(
+            adapter,
+            modules={
+                path: replace(dense_module(m.delta() / 2, m.rank), scaling=2.0) if number % 3 else m
+                for path, m in adapter.modules.items()
+            },
+        )
+        for number, adapter in enumerate(plain)
+    ]
+    expected = dense_gram(plain)
+    tolerance = {"float64": 1e-6, "float32": 1e-5, "bfloat16": 2e-2}[precision]  # A is bfloat16, B is rounded to it
+    torch.testing.assert_close(gram(several, precision), expected, rtol=0, atol=tolerance * float(expected.max()))
+    for adapter in several:
+        for path, module in adapter.modules.items():
+            wanted = float(module.delta(torch.float64).square().sum())
+            assert gram_room.squared_norm_of(module) == pytest.approx(wanted, rel=1e-9), path
 
 
 def related(seed, rank, count, common, dtype=torch.bfloat16):

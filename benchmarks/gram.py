@@ -6,8 +6,7 @@
 
 The adapters have q, k, v and o of a 2048 wide model with grouped keys (q, o 2048 x 2048; k, v 256 x 2048), rank 16,
 bfloat16; each four have a part in common (cosine 0.8). All is done on two threads. Reading the files is part of the
-seconds; they were just written, so that they come from memory rather than from a disk. A thread that has to wait for
-another program makes all wait: measure on an idle machine.
+seconds; they were just written, so that they come from memory rather than from a disk.
 
 The floor is half of all products of rows (the matrix is symmetric) at the rate at which this machine multiplies one
 large block. Cosines are compared with those in float64, of as many layers as --check says.
@@ -28,6 +27,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+# Threads that spin while they wait make products thirty times slower as soon as another program holds a core.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from raymerge.adapters import LoraAdapter, LoraModule, open_adapter, save_adapter

@@ -29,7 +29,7 @@ class Similarity:
     def pairs(self) -> list[tuple[float, str, str]]:
         """Cosine and names of all pairs that have one, the most similar first."""
         found = [
-            (float(self.cosines[i, j]), self.names[i], self.names[j])
+            (float(self.cosines[i, j]), min(self.names[i], self.names[j]), max(self.names[i], self.names[j]))
             for i in range(len(self.names))
             for j in range(i + 1, len(self.names))
             if not math.isnan(self.cosines[i, j])

@@ -3,13 +3,15 @@
     python benchmarks/methods.py                          22 layers for PEFT's factor-wise types, 3 for its SVD types
     python benchmarks/methods.py --layers 2 --svd-layers 1     a small one; all costs are linear in the layers
     python benchmarks/methods.py --skip-peft              ours alone
+    python benchmarks/methods.py --peft-threads 2         PEFT on two threads, ours on one
     python benchmarks/methods.py --memory 200             peak memory of `ties` over 200 adapters, nothing else
     python benchmarks/methods.py --device cuda            ours on a GPU, adapters resident, with the floor
 
 The adapters are those of benchmarks/merging.py: q, k, v and o of a 2048 wide model, rank 16, bfloat16. All is done on
-one thread. Ours reads files and writes files; PEFT starts from adapters in memory. `same` computes PEFT's numbers
-(dialect peft), `delta` the method on deltas, compressed to rank 16 with its error stated, which PEFT's types without
-an SVD never do. Ours is the median of three runs before and three after PEFT's.
+one thread, PEFT's on --peft-threads. Ours reads files and writes files; PEFT starts from adapters in memory, and the
+ratio `+load` counts the time in which it loaded them too (that of saving is left out). `same` computes PEFT's numbers
+(dialect peft), `delta` the method on deltas, compressed to rank 16 with its error stated, which PEFT's types without an
+SVD never do. Ours is the median of three runs before and three after PEFT's.
 """
 
 from __future__ import annotations
@@ -62,10 +64,12 @@ def timed(action: Callable[[], object], runs: int = 3) -> list[float]:
 
 
 def against_peft(
-    locations: list[str], layers: int, types: tuple[str, ...], target: str, skip: bool
+    locations: list[str], layers: int, types: tuple[str, ...], target: str, skip: bool, threads: int
 ) -> list[dict[str, Any]]:
     """Seconds of each of PEFT's types, of the same numbers by us, and of the method on deltas."""
+    start = time.perf_counter()
     model = None if skip else load_peft(locations, layers)
+    load = time.perf_counter() - start
     names = [f"e{index}" for index in range(EXPERTS)]
     rows = []
     for kind in types:
@@ -75,14 +79,16 @@ def against_peft(
             "delta": lambda plain=plain: ours(locations, target, plain, "delta"),
         }
         times = {name: [*timed(action, 1), *timed(action)][1:] for name, action in actions.items()}  # first is warm-up
-        row: dict[str, Any] = {"type": kind, "layers": layers}
+        row: dict[str, Any] = {"type": kind, "layers": layers, "peft load": load}
         if model is not None:
             density = parameters_of(kind).get("density")
+            torch.set_num_threads(threads)
             row["peft"] = seconds_of(
                 lambda kind=kind, density=density: model.add_weighted_adapter(
                     names, WEIGHTS, kind, combination_type=kind, density=density
                 )
             )
+            torch.set_num_threads(1)
             model.delete_adapter(kind)
             for name, action in actions.items():
                 times[name] += timed(action)
@@ -90,6 +96,7 @@ def against_peft(
             row[name] = statistics.median(seconds)
             if "peft" in row:
                 row[f"{name} ratio"] = row["peft"] / row[name]
+                row[f"{name} ratio with load"] = (row["peft"] + load) / row[name]
         rows.append(row)
     return rows
 
@@ -173,19 +180,11 @@ def floor_seconds(layers: int) -> float:
 
 def show(found: dict[str, Any]) -> None:
     """Print the tables."""
-    print(f"{'PEFT type':22}{'layers':>7}{'PEFT s':>10}{'same s':>10}{'ratio':>8}{'delta s':>10}{'ratio':>8}")
+    names = ("peft load", "peft", "same", "same ratio", "same ratio with load", "delta", "delta ratio")
+    heads = ("PEFT load", "PEFT", "same", "ratio", "+load", "delta", "ratio")
+    print(f"{'PEFT type':20}{'layers':>7}" + "".join(f"{head:>10}" for head in heads))
     for row in found["peft"]:
-        cells = [
-            row.get("peft", float("nan")),
-            row["same"],
-            row.get("same ratio", 0),
-            row["delta"],
-            row.get("delta ratio", 0),
-        ]
-        print(
-            f"{row['type']:22}{row['layers']:7}"
-            + "".join(f"{c:{w}.2f}" for c, w in zip(cells, (10, 10, 8, 10, 8), strict=True))
-        )
+        print(f"{row['type']:20}{row['layers']:7}" + "".join(f"{row.get(name, float('nan')):10.2f}" for name in names))
     print(f"\n{'method on deltas':22}{'layers':>7}{'seconds':>10}{'error':>10}")
     for row in found["methods"]:
         print(f"{row['method']:22}{row['layers']:7}{row['seconds']:10.2f}{row['error']:10.3f}")
@@ -198,6 +197,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--svd-layers", type=int, default=3)
     parser.add_argument("--skip-peft", action="store_true")
+    parser.add_argument("--peft-threads", type=int, default=1)
     parser.add_argument("--memory", type=int, metavar="N")
     parser.add_argument("--device", metavar="cuda")
     parser.add_argument("--json")
@@ -217,8 +217,12 @@ def main() -> None:
             target = str(Path(folder) / "merged")
             few = write_adapters(Path(folder) / "few", options.svd_layers)
             many = write_adapters(Path(folder) / "many", options.layers)
-            found["peft"] = against_peft(many, options.layers, FACTOR_WISE, target, options.skip_peft)
-            found["peft"] += against_peft(few, options.svd_layers, BY_SVD, target, options.skip_peft)
+            found["peft"] = against_peft(
+                many, options.layers, FACTOR_WISE, target, options.skip_peft, options.peft_threads
+            )
+            found["peft"] += against_peft(
+                few, options.svd_layers, BY_SVD, target, options.skip_peft, options.peft_threads
+            )
             found["methods"] = each_method(few, options.svd_layers, target)
             found["floor_seconds"] = floor_seconds(options.svd_layers)
     if "methods" in found:

@@ -47,8 +47,8 @@ class LoraModule:
 
     bias: (out_features,), a trained bias: the module adds scaling * (B @ A @ x + bias) to the base's output.
     embedding: A is (rank, num_embeddings) and B (embedding_dim, rank), so that the delta is the transpose of what is
-    added to the embedding's weight. nominal: for a dense delta, written as the product of B (out_features,
-    in_features) with an identity A: the rank that stands for it where ranks are kept (DoRA's r).
+    added to the embedding's weight. nominal: for a dense delta, written as a product with the identity of its smaller
+    side: the rank that stands for it where ranks are kept (DoRA's r).
     """
 
     A: Tensor

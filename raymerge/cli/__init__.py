@@ -1,0 +1,44 @@
+"""The command line. Thin: every command calls one pipeline, which the scripts in jobs/ call too."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from raymerge.cli import projects, standalone
+from raymerge.cli.application import app
+from raymerge.errors import RaymergeError
+
+__all__ = ["app", "main", "projects", "standalone"]
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run a command. Exit status: 0 all done, 1 some items failed, 2 bad input or an unforeseen error."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    try:
+        app(args=[a for a in given if a != "--debug"], prog_name="raymerge", standalone_mode=True)
+    except RaymergeError as error:
+        if debug:
+            raise
+        print(f"raymerge: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        if debug:
+            raise
+        lines = str(error).strip().splitlines()
+        print(f"raymerge: {type(error).__name__}{': ' + lines[0] if lines else ''}", file=sys.stderr)
+        print("That was not foreseen. --debug shows where it happened.", file=sys.stderr)
+        sys.exit(2)
+    except SystemExit as end:
+        if _interrupted(end):
+            print("raymerge: interrupted. The same command goes on where it stopped.", file=sys.stderr)
+            sys.exit(130)
+        raise
+
+
+def _interrupted(end: BaseException | None) -> bool:
+    """Whether an exit was made of Ctrl-C, which typer turns into exits that differ by its version."""
+    while end is not None and not isinstance(end, KeyboardInterrupt):
+        end = end.__cause__ or end.__context__
+    return end is not None

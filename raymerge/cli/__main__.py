@@ -1,0 +1,5 @@
+"""`python -m raymerge.cli` is `raymerge`."""
+
+from raymerge.cli import main
+
+main()

@@ -57,12 +57,12 @@ class BaseWeights:
         name = self._find(parameter)
         return self._file(name).tensors[name].shape
 
+    def lacks(self, parameter: str) -> bool:
+        """Whether there is no such parameter, as of a head trained from nothing. Raises ModelError as weight does."""
+        return not self._candidates(parameter)
+
     def _find(self, parameter: str) -> str:
-        if parameter in self._files:
-            return parameter
-        found = self._renamed(parameter)
-        if not found and self._tied and _ends(parameter, _HEADS):
-            found = [name for name in self._files if _ends(name, _EMBEDDINGS)]
+        found = self._candidates(parameter)
         if len(found) == 1:
             return found[0]
         near = found or difflib.get_close_matches(parameter, list(self._files), n=3, cutoff=0.3)
@@ -71,6 +71,14 @@ class BaseWeights:
             f"{parameter}: {problem} in the base model {self.location}.\n"
             f"Nearest: {', '.join(near) or 'none'}. Is it the base that the adapter was trained on?"
         )
+
+    def _candidates(self, parameter: str) -> list[str]:
+        if parameter in self._files:
+            return [parameter]
+        found = self._renamed(parameter)
+        if not found and self._tied and _ends(parameter, _HEADS):
+            found = [name for name in self._files if _ends(name, _EMBEDDINGS)]
+        return found
 
     def _renamed(self, parameter: str) -> list[str]:
         """Stored names that are this one without its first component, or this one behind one more."""

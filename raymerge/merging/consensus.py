@@ -85,7 +85,7 @@ class SignElection:
         elected = numerators[0].mul_(positive).addcmul_(numerators[1], negative)
         divisor = above_weight.mul_(positive).addcmul_(below_weight, negative)
         divisor.clamp_min_(torch.finfo(divisor.dtype).tiny)  # 0 where none is elected, and then the sum is 0 too
-        return elected.mul_(whole).div_(divisor)
+        return elected.div_(divisor).mul_(whole)
 
 
 Consensus = Total | SignElection

@@ -92,14 +92,20 @@ def zero(shape: tuple[int, int], device: torch.device) -> Truncation:
     return Truncation(B, torch.zeros(1, shape[1], dtype=torch.float64, device=device), 0.0, 0.0, "zero")
 
 
-def rounded(found: Truncation, scale: float, dtype: torch.dtype) -> Compressed:
-    """Scale a truncation and round it. Raises MergeError if a value does not fit into the dtype."""
+def cast(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
+    """A finite tensor in another dtype. what: its name in the error. Raises MergeError if a value does not fit."""
+    narrow = tensor.to(dtype).contiguous()
+    if not math.isfinite(float(narrow.double().sum())) and not bool(narrow.isfinite().all()):
+        raise MergeError(f"{what} does not fit into {dtype}.\nChoose a wider dtype, such as float32.")
+    return narrow
+
+
+def rounded(found: Truncation, scale: float, dtype: torch.dtype, what: str = "a merged module") -> Compressed:
+    """Scale a truncation and round it. what: its name in errors. Raises MergeError if a value does not fit."""
     share = math.sqrt(abs(scale))
     exact_B, exact_A = found.B.double() * math.copysign(share, scale), found.A.double() * share
-    B, A = exact_B.to(dtype).contiguous(), exact_A.to(dtype).contiguous()
+    B, A = cast(exact_B, dtype, what), cast(exact_A, dtype, what)
     done_B, done_A = B.double(), A.double()
-    if not math.isfinite(float(done_B.sum() + done_A.sum())):
-        raise MergeError(f"a merged module does not fit into {dtype}.\nChoose a wider dtype, such as float32.")
     norm = found.norm * abs(scale)
     if norm == 0.0:
         return Compressed(torch.zeros_like(B[:, :1]), torch.zeros_like(A[:1]), 0.0, 0.0, found.path)

@@ -138,11 +138,14 @@ def _by_cheapest(
 
 
 def _as_it_is(stacked: Stacked) -> Truncation | None:
-    """Factors that need no truncation, with their weights in B. None where they cancel: fewer columns may do then."""
+    """Factors that need no truncation. Their weights go into B, and a power of two, which rounds nothing, makes B and A
+    about as large. None where they cancel: fewer columns may do then."""
     total = squared_norm(stacked)
     if total <= 0 or squared_terms(stacked) > CANCELLATION * total:
         return None
-    return Truncation((stacked.rows * stacked.weights[:, None]).T, stacked.A, math.sqrt(total), 0.0, "kept")
+    B, A = (stacked.rows * stacked.weights[:, None]).T, stacked.A
+    shift = 2.0 ** round(math.log2(float(torch.linalg.matrix_norm(A) / torch.linalg.matrix_norm(B))) / 2)
+    return Truncation(B * shift, A / shift, math.sqrt(total), 0.0, "kept")
 
 
 def sum_norm(shape: tuple[int, int], ranks: Sequence[int], factors: Callable[[], Iterable[Factor]]) -> float:

@@ -75,12 +75,15 @@ def merge(
         for path in inputs.headers:
             site = merging.site(path)
             truncated = _truncate(site, merging.combined(site), factor)
-            found[path] = _narrowed(truncated) if later else rounded(truncated, 1.0, target)
+            if later:
+                found[path] = truncated if target == torch.float64 else _narrowed(truncated)
+            else:
+                found[path] = rounded(truncated, 1.0, target, f"{name}: {path}")
         final = _matched(merging, [one.norm for one in found.values()]) if later else 1.0
         done: dict[str, Compressed] = {}
         for path in inputs.headers:
             one = found.pop(path)
-            done[path] = rounded(one, final, target) if isinstance(one, Truncation) else one
+            done[path] = rounded(one, final, target, f"{name}: {path}") if isinstance(one, Truncation) else one
         biases = merge_biases(inputs, merging.combined, factor * final, target)
         whole = merge_whole(inputs, merging.combined, factor * final, base, method if dialect == "delta" else "")
     return _as_adapter(name, merging, done, biases, whole)

@@ -15,7 +15,7 @@ from typing import Any
 Setting = float | Sequence[float] | Mapping[str, "float | Sequence[float]"]
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
-_FIRST = re.compile(r"embed|wte|wpe")
+_FIRST = re.compile(r"embed(?!_out)|wte|wpe")
 
 
 def depths(paths: Iterable[str]) -> dict[str, float]:

@@ -7,17 +7,18 @@ needed; without it a weighted mean is still right (the base cancels) if all expe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
+from collections.abc import Callable, Iterator
+from functools import partial, reduce
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from raymerge.adapters.adapter import LoraAdapter, LoraModule
-from raymerge.errors import AdapterError, MergeError
+from raymerge.adapters.dora import dense_module
+from raymerge.errors import MergeError
 from raymerge.merging.exact import formed
-from raymerge.merging.factors import Factor
+from raymerge.merging.factors import cast
 from raymerge.merging.inputs import Inputs
 from raymerge.merging.rank import RankRule
 from raymerge.merging.site import Combined, Dense, Site, Weighted
@@ -27,18 +28,17 @@ if TYPE_CHECKING:
 
 Combine = Callable[[Site, str], Combined]
 _EXACT = RankRule("exact")
+_MEAN = 1e-6  # by how much a sum of weights, or a scale, may differ from 1 and still be 1 but for rounding
 
 
 def merge_biases(inputs: Inputs, combine: Combine, scale: float, dtype: torch.dtype) -> dict[str, Tensor]:
     """Merged biases of those modules that have one in some expert or in the anchor: (out_features,) by module."""
     merged = {}
     for path, headers in inputs.headers.items():
-        if not any(header is not None and header.biased for header in headers):
-            continue
-        experts = [_bias(adapter, path) for adapter in inputs.experts]
-        anchor = None if inputs.anchor is None else _bias(inputs.anchor, path)
-        site = _site(f"{path}.bias", experts, anchor, inputs, path)
-        merged[path] = _result(site, combine(site, path), scale)[:, 0].to(dtype)
+        if any(header is not None and header.biased for header in headers):
+            name = f"{path}.bias"
+            site = _site(name, (inputs.shape(path)[0],), inputs, partial(_bias, path=path), path)
+            merged[path] = cast(_result(site, combine(site, path), scale)[:, 0], dtype, name)
     return merged
 
 
@@ -48,127 +48,113 @@ def merge_whole(
     """Merged whole tensors by name, each in the widest dtype of the experts'. method: its name, or nothing for one of a
     dialect. Raises MergeError, naming the tensor, where the base is needed and not given."""
     merged = {}
+    adapters = (*inputs.experts, *(() if inputs.anchor is None else (inputs.anchor,)))
     for name in inputs.whole:
-        tensors = [expert.whole.get(name) for expert in inputs.experts]
-        anchor = None if inputs.anchor is None else inputs.anchor.whole.get(name)
-        start = _of_base(base, name)
-        if start is None:
-            result = _without_base(name, inputs, tensors, scale, method, lacked=base is not None)
+        owners = [adapter for adapter in adapters if name in adapter.whole]
+        lacked = base is not None and base.lacks(name)
+        if base is None or lacked:
+            _check_mean(name, inputs, scale, method, lacked=lacked)
+            _check_shapes(name, owners[0].whole_shapes[name], owners)
+            result = _mean(name, inputs)
         else:
-            result = _on_base(name, inputs, tensors, anchor, combine, scale, start)
-        dtypes = [tensor.dtype for tensor in (*tensors, anchor) if tensor is not None]
-        merged[name] = result.to(reduce(torch.promote_types, dtypes))
+            start = base.weight(name).double()
+            _check_shapes(name, tuple(start.shape), owners)
+            site = _site(name, tuple(start.shape), inputs, partial(_moved, name=name, start=start))
+            result = start + _result(site, combine(site, name), scale).reshape(start.shape)
+        dtypes = [adapter.whole[name].dtype for adapter in owners]
+        merged[name] = cast(result, reduce(torch.promote_types, dtypes), name)
     return merged
 
 
-def _of_base(base: BaseWeights | None, name: str) -> Tensor | None:
-    """The base's tensor; None where it has none, as of a head that was trained from nothing."""
-    if base is None:
-        return None
-    try:
-        return base.weight(name)
-    except AdapterError:
-        return None
-
-
-def _without_base(
-    name: str, inputs: Inputs, tensors: Sequence[Tensor | None], scale: float, method: str, *, lacked: bool
-) -> Tensor:
+def _check_mean(name: str, inputs: Inputs, scale: float, method: str, *, lacked: bool) -> None:
+    """Raise MergeError unless the merge is a weighted mean, in which a base that is not known cancels."""
     weights = inputs.weights_at(name)
-    lacking = next((n for n, tensor in zip(inputs.names, tensors, strict=True) if tensor is None), None)
+    lacking = next((expert.name for expert in inputs.experts if name not in expert.whole), None)
     why = None
     if lacking is not None:
         why = f"{lacking} does not have it"
     elif method != "linear":
         why = f"the method is {method or 'of a dialect'}, not linear"
-    elif abs(math.fsum(weights) - 1) > 1e-6:
-        why = f"the weights sum to {math.fsum(weights):g}, not to 1"
-    elif scale != 1 or inputs.anchor is not None:
-        why = "there is an anchor" if inputs.anchor is not None else f"the scale is {scale:g}, not 1"
+    elif abs(math.fsum(weights) - 1) > _MEAN:
+        why = f"the weights sum to {math.fsum(weights):.9g}, not to 1"
+    elif inputs.anchor is not None:
+        why = "there is an anchor"
+    elif abs(scale - 1) > _MEAN:
+        why = f"the scale is {scale:.9g}, not 1"
     if why is not None:
+        mean = "only a mean is right: method linear, weights that sum to 1, scale 1."
         remedy = (
-            "The base given has no such tensor, so only a mean is right: method linear, weights that sum to 1, scale 1."
+            f"The base given has no such tensor, so {mean}"
             if lacked
-            else "Give the base model (--base, or base=BaseWeights(...)): the delta is what it adds to the base's."
+            else f"Give the base model (--base, or base=BaseWeights(...)) to merge what it adds; without it {mean}"
         )
         raise MergeError(f"{name} is stored whole, not as a delta, and {why}.\n{remedy}")
-    found = [tensor for tensor in tensors if tensor is not None]
-    _check_shapes(name, found[0].shape, dict(zip(inputs.names, found, strict=True)))
-    total = torch.zeros(found[0].shape, dtype=torch.float64)
-    for weight, tensor in zip(weights, found, strict=True):
-        total += weight * tensor.double()
+
+
+def _mean(name: str, inputs: Inputs) -> Tensor:
+    total = torch.zeros(inputs.experts[0].whole_shapes[name], dtype=torch.float64)
+    for weight, expert in zip(inputs.weights_at(name), inputs.experts, strict=True):
+        total += weight * expert.whole[name].double()
     return total
 
 
-def _on_base(
-    name: str,
-    inputs: Inputs,
-    tensors: Sequence[Tensor | None],
-    anchor: Tensor | None,
-    combine: Combine,
-    scale: float,
-    base: Tensor,
-) -> Tensor:
-    owned = {n: t for n, t in zip((*inputs.names, "anchor"), (*tensors, anchor), strict=True) if t is not None}
-    _check_shapes(name, base.shape, owned)
-    start = base.double()
-    deltas = [None if tensor is None else _as_module(tensor.double() - start) for tensor in tensors]
-    origin = None if anchor is None else _as_module(anchor.double() - start)
-    site = _site(name, deltas, origin, inputs)
-    return start + _result(site, combine(site, name), scale).reshape(start.shape)
-
-
-def _check_shapes(name: str, expected: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
-    for owner, tensor in tensors.items():
-        if tuple(tensor.shape) != tuple(expected):
+def _check_shapes(name: str, expected: tuple[int, ...], owners: list[LoraAdapter]) -> None:
+    for owner in owners:
+        if owner.whole_shapes[name] != expected:
             raise MergeError(
-                f"{owner}: {name} has shape {tuple(tensor.shape)}, where {tuple(expected)} was expected.\n"
+                f"{owner.name}: {name} has shape {owner.whole_shapes[name]}, where {expected} was expected.\n"
                 "Whole tensors merge where they replace the same tensor of the base; was a vocabulary resized?"
             )
 
 
-def _bias(adapter: LoraAdapter, path: str) -> LoraModule | None:
+def _bias(adapter: LoraAdapter, path: str) -> Tensor | None:
     module = adapter.modules.get(path)
-    if module is None or module.bias is None:
-        return None
-    one = torch.ones(1, 1, dtype=module.bias.dtype, device=module.bias.device)
-    return LoraModule(one, module.bias[:, None], module.scaling)
+    return None if module is None or module.bias is None else module.scaling * module.bias.double()
 
 
-def _as_module(delta: Tensor) -> LoraModule:
-    """A dense delta as a product with the identity of its smaller side; a vector is a matrix of one column."""
-    matrix = delta.reshape(delta.shape[0], -1) if delta.ndim != 1 else delta[:, None]
-    out, into = matrix.shape
-    if into <= out:
-        return LoraModule(torch.eye(into, dtype=matrix.dtype), matrix, 1.0)
-    return LoraModule(matrix, torch.eye(out, dtype=matrix.dtype), 1.0)
+def _moved(adapter: LoraAdapter, name: str, start: Tensor) -> Tensor | None:
+    return adapter.whole[name].double() - start if name in adapter.whole else None
 
 
 def _site(
-    path: str, modules: Sequence[LoraModule | None], anchor: LoraModule | None, inputs: Inputs, place: str | None = None
+    name: str,
+    shape: tuple[int, ...],
+    inputs: Inputs,
+    delta_of: Callable[[LoraAdapter], Tensor | None],
+    place: str | None = None,
 ) -> Site:
-    shape = next(module.shape for module in (*modules, anchor) if module is not None)
-    ranks = tuple(0 if module is None else module.rank for module in modules)
-    return Site(
-        path, shape, inputs.names, inputs.weights_at(place or path), ranks, anchor, _EXACT, lambda: iter(modules)
-    )
+    """A site of dense deltas, which are made one after the other. place: the module whose weights count."""
+    matrix = (shape[0], math.prod(shape[1:]))
+
+    def module_of(adapter: LoraAdapter) -> LoraModule | None:
+        delta = delta_of(adapter)
+        return None if delta is None else dense_module(delta.reshape(matrix), min(matrix))
+
+    def read() -> Iterator[LoraModule | None]:
+        return map(module_of, inputs.experts)
+
+    ranks = (min(matrix),) * len(inputs.experts)
+    anchor = None if inputs.anchor is None else module_of(inputs.anchor)
+    return Site(name, matrix, inputs.names, inputs.weights_at(place or name), ranks, anchor, _EXACT, read)
 
 
 def _result(site: Site, combined: Combined, scale: float) -> Tensor:
     """anchor + scale * merged, dense: float64, of the site's shape."""
+    start = None if site.anchor is None else _delta(site.anchor)
     if isinstance(combined, Dense):
-        merged = combined.delta.double()
+        total = scale * combined.delta.double()
+    elif isinstance(combined, Weighted):
+        total = torch.zeros(site.shape, dtype=torch.float64)
+        for module, coefficient in zip(site.read(), combined.coefficients, strict=True):
+            if module is not None and coefficient:
+                total.add_(_delta(module), alpha=scale * coefficient)
+        if start is not None:
+            total.sub_(start, alpha=scale * math.fsum(combined.coefficients))
     else:
-        if isinstance(combined, Weighted):
-            factors = [
-                factor._replace(weight=factor.weight * coefficient)
-                for delta, coefficient in zip(site.deltas(), combined.coefficients, strict=True)
-                for factor in delta
-            ]
-        else:
-            factors = list(combined.factors)
-        merged = formed(site.shape, factors)[0]
-    total = scale * merged
-    if site.anchor is not None:
-        total += formed(site.shape, [Factor(site.anchor.B, site.anchor.A, site.anchor.scaling)])[0]
-    return total
+        total = scale * formed(site.shape, list(combined.factors))[0]
+    return total if start is None else total.add_(start)
+
+
+def _delta(module: LoraModule) -> Tensor:
+    """What `dense_module` was given: its other side is an identity."""
+    return module.B if module.in_features <= module.out_features else module.A

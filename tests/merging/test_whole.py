@@ -5,7 +5,8 @@ import torch
 
 from raymerge import merge
 from raymerge.adapters import LoraAdapter, LoraModule
-from raymerge.errors import AdapterError, MergeError
+from raymerge.errors import MergeError
+from raymerge.merging.merge import matched_scale
 from raymerge.merging.methods import METHODS
 
 HEAD, BIAS = "lm_head.weight", "layers.0.q_proj.bias"
@@ -18,9 +19,10 @@ class Base:
         generator = torch.Generator().manual_seed(99)
         self.tensors = {HEAD: torch.randn(6, 8, generator=generator), BIAS: torch.randn(12, generator=generator)}
 
+    def lacks(self, name):
+        return name not in self.tensors
+
     def weight(self, name):
-        if name not in self.tensors:
-            raise AdapterError(f"the base has no {name}.")
         return self.tensors[name]
 
 
@@ -127,3 +129,44 @@ def test_a_head_that_the_base_lacks_has_a_mean_and_nothing_else():
     close(merged.whole["score.weight"], 0.5 * (one.whole["score.weight"] + other.whole["score.weight"]))
     with pytest.raises(MergeError, match=r"weights sum to 2(.|\n)*The base given has no such tensor"):
         merge([one, other], [1.0, 1.0], base=BASE)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_scale_of_one_but_for_rounding_is_one(count):
+    copies = [
+        LoraAdapter(name, dict(adapter("x", 1).modules), whole=dict(adapter("x", 1).whole)) for name in "ab"[:count]
+    ]
+    merged = merge(copies, [1 / count] * count, scale="match_norm")
+    close(merged.whole[HEAD], copies[0].whole[HEAD])
+
+
+def test_the_matched_norm_scales_biases_and_whole_tensors_too():
+    experts = [adapter("anna", 1), adapter("bert", 2)]
+    matched = merge(experts, [0.5, 0.5], scale="match_norm", base=BASE, rank="exact")
+    factor = matched_scale(experts, [0.5, 0.5])
+    assert factor > 1.01
+    plain = merge(experts, [0.5, 0.5], scale=factor, base=BASE, rank="exact")
+    close(matched.whole[HEAD], plain.whole[HEAD])
+    first, second = (m.modules["layers.0.q_proj"] for m in (matched, plain))
+    close(first.scaling * first.bias, second.scaling * second.bias)
+
+
+def test_what_does_not_fit_into_the_dtype_is_refused_by_name():
+    module = LoraModule(torch.ones(1, 8).half(), torch.ones(12, 1).half(), 1.0, bias=torch.full((12,), 3e4).half())
+    one = LoraAdapter("anna", {"q": module})
+    with pytest.raises(MergeError, match=r"q.bias does not fit into torch.float16"):
+        merge([one], [2.5])
+    whole = LoraAdapter(
+        "anna", {"q": LoraModule(module.A, module.B, 1.0)}, whole={HEAD: torch.full((6, 8), 4e4).half()}
+    )
+    zeros = Base()
+    zeros.tensors[HEAD] = torch.zeros(6, 8)
+    with pytest.raises(MergeError, match=r"lm_head.weight does not fit into torch.float16"):
+        merge([whole], [2.5], base=zeros)
+
+
+def test_the_weights_of_a_bias_are_those_of_its_module():
+    one = adapter("anna", 1, whole=())
+    merged = merge([one], [{"*.q_proj": 0.25}], rank="exact")
+    found, expected = merged.modules["layers.0.q_proj"], one.modules["layers.0.q_proj"]
+    close(found.scaling * found.bias, 0.25 * expected.scaling * expected.bias)

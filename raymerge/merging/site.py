@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
-import torch
 from torch import Tensor
 
 from raymerge.adapters.adapter import LoraModule
@@ -54,11 +54,8 @@ class Site:
 
     def gram(self) -> Tensor:
         """Frobenius inner products of the experts' deltas, measured from the anchor: float64 (N, N)."""
-        modules = [*self.read(), self.anchor]
-        present = torch.tensor([i for i, module in enumerate(modules) if module is not None], dtype=torch.long)
-        whole = torch.zeros(len(modules), len(modules), dtype=torch.float64)
-        if len(present):
-            whole[present[:, None], present] = gram_module([module for module in modules if module is not None])
+        ranks = [*self.ranks, 0 if self.anchor is None else self.anchor.rank]
+        whole = gram_module(self.shape, ranks, lambda: chain(self.read(), (self.anchor,)))
         anchored = whole[:-1, -1:]
         return whole[:-1, :-1] - anchored - anchored.T + whole[-1, -1]
 

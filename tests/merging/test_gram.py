@@ -1,5 +1,6 @@
 """Inner products of whole adapters, against dense deltas."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,9 @@ from raymerge.adapters.adapter import StoredModules
 from raymerge.adapters.dora import dense_module
 from raymerge.errors import MergeError
 from raymerge.merging import gram as gram_room
-from raymerge.merging.gram import gram, gram_module, similarities
+from raymerge.merging.gram import gram, similarities
+from raymerge.merging.rank import RankRule
+from raymerge.merging.site import Site
 
 SHAPES = {"q": (9, 12), "k": (5, 12), "down": (12, 20)}
 
@@ -69,10 +72,12 @@ def test_biases_count_with_their_modules():
     torch.testing.assert_close(gram(several), dense_gram(several), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("held", [1, 1000, 2**20], ids=["one at a time", "in lots", "at once"])
 @pytest.mark.parametrize("precision", ["float64", "float32", "bfloat16"])
-def test_dense_deltas_are_multiplied_as_they_are(precision, monkeypatch):
+def test_dense_deltas_are_multiplied_as_they_are(precision, held, monkeypatch):
     """DoRA's, written as products with an identity, beside factors and alone."""
     monkeypatch.setattr(gram_room, "_DENSE", 2)
+    monkeypatch.setattr(gram_room, "_HELD", held)
     plain = adapters()
     several = [
         replace(
@@ -126,13 +131,13 @@ def test_unrelated_adapters_are_multiplied_in_bfloat16(monkeypatch):
     multiplied = gram_room._multiplied
     monkeypatch.setattr(gram_room, "_multiplied", lambda X, Y: seen.append(X.dtype) or multiplied(X, Y))
     generator = torch.Generator().manual_seed(0)
-    modules = [
-        LoraModule(torch.randn(4, 1024, generator=generator).bfloat16(), B.bfloat16(), 1.0)
-        for B in torch.randn(3, 1024, 4, generator=generator)
+    several = [
+        LoraAdapter(f"a{i}", {"q": LoraModule(torch.randn(4, 1024, generator=generator).bfloat16(), B.bfloat16(), 1.0)})
+        for i, B in enumerate(torch.randn(3, 1024, 4, generator=generator))
     ]
-    exact = gram_module(modules)
+    exact = gram(several)
     seen.clear()
-    found = gram_module(modules, "bfloat16")
+    found = gram(several, "bfloat16")
     assert set(seen) == {torch.bfloat16}
     torch.testing.assert_close(similarities(found), similarities(exact), rtol=0, atol=1e-4)
     torch.testing.assert_close(found.diagonal(), exact.diagonal(), rtol=1e-6, atol=0)
@@ -154,6 +159,32 @@ def test_each_module_is_read_once():
     assert [adapter.modules.reads for adapter in counted] == [sorted(adapter.modules) for adapter in plain]
 
 
+@pytest.mark.parametrize("rank", [2, 9], ids=["factors", "dense"])
+def test_a_site_keeps_no_module(rank, monkeypatch):
+    monkeypatch.setattr(gram_room, "_DENSE", 9)
+    monkeypatch.setattr(gram_room, "_HELD", 1)
+    generator = torch.Generator().manual_seed(0)
+    sides = [torch.randn(rank, 12, generator=generator) for _ in range(6)]
+    B = torch.eye(9) if rank == 9 else torch.randn(9, rank, generator=generator)
+    given_out = []
+
+    def read():
+        for number, A in enumerate(sides):
+            # that of the caller's loop, the dense one that it multiplies by, and the next to be that one
+            assert sum(one() is not None for one in given_out) <= (3 if rank == 9 else 1)
+            copy = A.clone()
+            given_out.append(weakref.ref(copy))
+            yield None if number == 4 else LoraModule(copy, B, 0.5 + number)
+            del copy
+
+    anchor = LoraModule(torch.ones(1, 12), torch.ones(9, 1), 0.3)
+    ranks = (rank, rank, rank, rank, 0, rank)
+    found = Site("q", (9, 12), tuple("abcdef"), (1.0,) * 6, ranks, anchor, RankRule("keep"), read).gram()
+    deltas = [(0 if i == 4 else (0.5 + i) * B.double() @ A.double()) for i, A in enumerate(sides)]
+    flat = torch.stack([delta - anchor.delta(torch.float64) for delta in deltas]).flatten(1)
+    torch.testing.assert_close(found, flat @ flat.T, rtol=1e-9, atol=1e-9)
+
+
 def test_adapters_without_common_modules_are_orthogonal():
     one = LoraAdapter("one", {"q": LoraModule(torch.ones(1, 2), torch.ones(2, 1), 1.0)})
     other = LoraAdapter("other", {"k": LoraModule(torch.ones(1, 2), torch.ones(2, 1), 1.0)})
@@ -164,6 +195,13 @@ def test_shapes_that_differ_are_named():
     one = LoraAdapter("one", {"q": LoraModule(torch.ones(1, 2), torch.ones(2, 1), 1.0)})
     other = LoraAdapter("other", {"q": LoraModule(torch.ones(1, 3), torch.ones(2, 1), 1.0)})
     with pytest.raises(MergeError, match=r"^other: q has shape \(2, 3\), but \(2, 2\) in one."):
+        gram([one, other])
+
+
+def test_an_embedding_in_one_and_a_linear_module_in_the_other_are_named():
+    one = LoraAdapter("one", {"q": LoraModule(torch.ones(1, 2), torch.ones(2, 1), 1.0)})
+    other = LoraAdapter("other", {"q": replace(one.modules["q"], embedding=True)})
+    with pytest.raises(MergeError, match=r"^other: q is an embedding, but a linear module in one\.\nThey were trained"):
         gram([one, other])
 
 
@@ -184,4 +222,5 @@ def test_similarities_are_cosines_and_zero_for_a_zero_delta(rows):
 def test_a_zero_delta_is_zero_in_every_precision(precision):
     some = LoraModule(torch.ones(2, 3), torch.ones(4, 2), 1.0)
     none = LoraModule(torch.ones(2, 3), torch.zeros(4, 2), 1.0)
-    assert gram_module([some, none], precision).tolist() == [[48.0, 0.0], [0.0, 0.0]]
+    several = [LoraAdapter(f"a{i}", {"q": one}) for i, one in enumerate((some, none))]
+    assert gram(several, precision).tolist() == [[48.0, 0.0], [0.0, 0.0]]

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raymerge.adapters import LoraModule
+from raymerge.adapters import LoraAdapter, LoraModule
 from raymerge.errors import MergeError
+from raymerge.merging.merge import merge
 from raymerge.merging.methods.model_stock import model_stock
 from raymerge.merging.rank import RankRule
 from raymerge.merging.site import Site
@@ -112,7 +113,8 @@ def test_a_weight_of_zero_leaves_an_expert_out():
 
 
 def test_weights_that_make_no_mean_are_refused():
-    with pytest.raises(MergeError, match=r"^layers\.3\.q: the weight of e1 is -1\."):
-        model_stock(site([module(0), module(1)], (1, -1)))
+    adapters = [LoraAdapter(f"e{i}", {"layers.3.q": module(i)}) for i in range(2)]
+    with pytest.raises(MergeError, match=r"^e1: weight -1 is negative, which method model_stock cannot use"):
+        merge(adapters, (1, -1), method="model_stock")
     with pytest.raises(MergeError, match=r"^layers\.3\.q: all weights are 0\."):
-        model_stock(site([module(0), module(1)], (0, 0)))
+        merge(adapters, (0, 0), method="model_stock")

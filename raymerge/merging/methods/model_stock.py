@@ -13,7 +13,7 @@ def model_stock(site: Site) -> Weighted:
 
     c comes from the Gram matrix and is taken as 0 where it is negative: then nothing remains. N and c are of the
     experts whose weight and delta are not zero, since a zero delta has no direction; in the mean, a zero delta counts
-    with its weight. One such expert alone has t = 1. Raises MergeError if a weight is negative or all are zero.
+    with its weight. One such expert alone has t = 1. Raises MergeError if all weights are zero.
     """
     shares = np.asarray(normalised(site))
     gram = site.gram()

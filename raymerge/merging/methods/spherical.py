@@ -25,11 +25,8 @@ def slerp(site: Site, *, t: float | None = None) -> Weighted:
     circle through them; the norm is interpolated linearly.
 
     t: 0 is the first expert, 1 the second; without it, w_2 / (w_1 + w_2). If one delta is zero, the other is the
-    result. Raises MergeError if there are not two experts, a weight is negative, all are zero, or the directions are
-    opposite.
+    result. Raises MergeError if all weights are zero, or the directions are opposite.
     """
-    if len(site.names) != 2:
-        raise MergeError(f"{site.path}: slerp got {len(site.names)} experts.\nExpected two; karcher takes any number.")
     shares = normalised(site)
     return _mean_direction(site, shares if t is None else [1.0 - t, t], tolerance=0.0, steps=0)
 
@@ -43,23 +40,17 @@ def karcher(site: Site, *, tolerance: float = 1e-10, steps: int = 1000) -> Weigh
     two experts it is SLERP.
 
     The mean is unique if the directions lie in one open half of the sphere (Afsari, Proc. AMS 139, 2011), as linearly
-    independent ones always do. Raises MergeError if they do not, if it is not found within `steps`, a weight is
-    negative, or all are zero.
+    independent ones always do. Raises MergeError if they do not, if it is not found within `steps`, or if
+    all weights are zero.
     """
     return _mean_direction(site, normalised(site), tolerance, steps)
 
 
 def normalised(site: Site) -> list[float]:
-    """The weights as shares of their sum. Raises MergeError if one is negative or all are zero."""
-    for name, weight in zip(site.names, site.weights, strict=True):
-        if weight < 0:
-            raise MergeError(
-                f"{site.path}: the weight of {name} is {weight!r}.\n"
-                "Expected 0 or more: a mean of directions cannot subtract. A linear merge can."
-            )
+    """The weights, none of them negative, as shares of their sum. Raises MergeError if all are zero."""
     total = math.fsum(site.weights)
     if total == 0:
-        raise MergeError(f"{site.path}: all weights are 0.\nExpected at least one above 0: only their ratios count.")
+        raise MergeError("all weights are 0.\nExpected at least one above 0: only their ratios count.")
     return [weight / total for weight in site.weights]
 
 
@@ -86,7 +77,7 @@ def _mean_direction(site: Site, shares: Sequence[float], tolerance: float, steps
         elif len(chosen) == 2:
             found = _arc(site, chosen, float(cosines[0, 1]), float(weights[1]))
         else:
-            found = _karcher(site, cosines, weights, tolerance, steps)
+            found = _karcher(cosines, weights, tolerance, steps)
         coefficients[chosen] = (weights @ norms[chosen]) * found / norms[chosen]
     return Weighted(coefficients.tolist())
 
@@ -96,7 +87,7 @@ def _arc(site: Site, chosen: npt.NDArray[np.intp], cosine: float, t: float) -> _
     if angle > math.pi - _OPPOSITE:
         one, other = (site.names[index] for index in chosen)
         raise MergeError(
-            f"{site.path}: {one} and {other} point in opposite directions ({math.degrees(angle):.2f} degrees).\n"
+            f"{one} and {other} point in opposite directions ({math.degrees(angle):.2f} degrees).\n"
             "Every great circle through one leads to the other, so there is no mean of their directions.\n"
             "Leave one of them out, or use a linear merge, where they cancel."
         )
@@ -105,9 +96,9 @@ def _arc(site: Site, chosen: npt.NDArray[np.intp], cosine: float, t: float) -> _
     return np.array([math.sin((1.0 - t) * angle), math.sin(t * angle)]) / math.sin(angle)
 
 
-def _karcher(site: Site, cosines: _Array, weights: _Array, tolerance: float, steps: int) -> _Array:
+def _karcher(cosines: _Array, weights: _Array, tolerance: float, steps: int) -> _Array:
     """Coefficients of the unit directions that give their Karcher mean, itself of norm 1."""
-    _check_half_sphere(site, cosines, weights)
+    _check_half_sphere(cosines, weights)
     mean = _unit(weights, cosines)
     length = math.inf
     for _ in range(steps):
@@ -122,7 +113,7 @@ def _karcher(site: Site, cosines: _Array, weights: _Array, tolerance: float, ste
             return mean
         mean = _unit(math.cos(length) * mean + math.sin(length) / length * gradient, cosines)
     raise MergeError(
-        f"{site.path}: the Karcher mean of {len(weights)} directions was not found in {steps} steps "
+        f"the Karcher mean of {len(weights)} directions was not found in {steps} steps "
         f"(the last one {length:.1e} radians).\nExpected a step of at most {tolerance:.1e}.\n"
         "Allow more steps, or a larger tolerance; nearly opposite experts are slow."
     )
@@ -149,7 +140,7 @@ def _step(cosines: _Array, weights: _Array, dots: _Array, ratios: _Array) -> flo
     return 1.0 / min(curvature + float(rows.max()), 1.0)
 
 
-def _check_half_sphere(site: Site, cosines: _Array, weights: _Array) -> None:
+def _check_half_sphere(cosines: _Array, weights: _Array) -> None:
     """Raises MergeError unless the directions lie in one open half of the sphere: unless 0 is outside their convex
     hull, by an angle that is not rounding."""
     equal = np.full(len(weights), 1.0 / len(weights))
@@ -166,7 +157,7 @@ def _check_half_sphere(site: Site, cosines: _Array, weights: _Array) -> None:
     distance = math.sqrt(max(float(nearest @ cosines @ nearest), 0.0))
     if distance <= _OPPOSITE / 2:  # that of two directions so far from opposite
         raise MergeError(
-            f"{site.path}: the directions of {len(weights)} experts do not lie in one half of the sphere.\n"
+            f"the directions of {len(weights)} experts do not lie in one half of the sphere.\n"
             "They pull against each other, so they have no single mean direction.\n"
             "Leave out the experts that oppose others, or use a linear merge, where they cancel."
         )

@@ -22,8 +22,9 @@ def format_of(location: str, name: str | None = None) -> str:
     """The format of the adapter in a folder, or of one of its `.safetensors` files: `peft` or `mlx`.
 
     The configuration decides, and where it does not say, the names of the weight files. Raises AdapterError, with the
-    files that are there, if it is neither.
+    files that are there, if it is neither; and if the location is no text in UTF-8, which no manifest could name.
     """
+    _check_text(location, name)
     folder = mlx.folder_of(location)
     try:
         config = storage.read_json(storage.join(folder, CONFIG))
@@ -50,6 +51,24 @@ def _nothing(location: str, folder: str, name: str) -> str:
     )
 
 
+def _check_text(location: str, name: str | None) -> None:
+    """Raise AdapterError for a path whose bytes are no UTF-8. Python reads those as lone surrogates."""
+    try:
+        location.encode()
+    except UnicodeEncodeError as error:
+        shown = location.encode(errors="backslashreplace").decode()
+        named = (name or storage.name_of(location)).encode(errors="backslashreplace").decode()
+        raise AdapterError(f"{named}: the path of this adapter is not text in UTF-8.\nRename it: {shown}") from error
+
+
+def check_finished(location: str, name: str | None = None) -> None:
+    """Raise AdapterError for an adapter that raymerge began to write and did not finish: its files may be of two."""
+    if manifest.is_unfinished(mlx.folder_of(location)):
+        raise AdapterError(
+            f"{name or location}: was begun and not finished.\nWhat makes it failed, was killed, or is at work."
+        )
+
+
 def weight_files(location: str) -> tuple[str, str]:
     """Locations of the two files that make an adapter: its weights and its configuration. Raises AdapterError if it is
     in no known format, or its weights are missing."""
@@ -63,6 +82,16 @@ def weight_files(location: str) -> tuple[str, str]:
         )
         weights = peft.PICKLE if has_pickle_only else peft.WEIGHTS
     return storage.join(folder, weights), storage.join(folder, CONFIG)
+
+
+def adapter_digest(location: str) -> str:
+    """Content digest of the two files that make an adapter. Raises AdapterError if one is missing, or the adapter was
+    begun and never finished."""
+    check_finished(location)
+    try:
+        return storage.digest_value([storage.digest(file) for file in weight_files(location)])
+    except OSError as error:
+        raise AdapterError(f"{location}: there is no adapter.\n{error}") from error
 
 
 def _peft_folder(location: str, name: str | None) -> str:
@@ -89,9 +118,10 @@ def open_adapter(location: str, name: str | None = None, *, base: BaseWeights | 
     """An adapter that reads each module when it is asked for, and keeps none: for merges of many.
 
     location: a folder or URI; in MLX's form also one of its checkpoints (`0000100_adapters.safetensors`). base: the
-    base's weights, on which DoRA's deltas depend. Raises what read_header raises; reading a module raises AdapterError
-    if it holds NaN or Inf.
+    base's weights, on which DoRA's deltas depend. Raises what read_header raises, and AdapterError for an adapter that
+    was begun and not finished; reading a module raises AdapterError if it holds NaN or Inf.
     """
+    check_finished(location, name)
     if format_of(location, name) == "mlx":
         return mlx.open_adapter(location, name, base=base)
     return peft.open_adapter(_peft_folder(location, name), name, base=base)
@@ -105,6 +135,7 @@ def read_adapter(
     allow_pickle: read `adapter_model.bin` where there is no safetensors file, with torch's loader for weights only.
     Raises what open_adapter raises, and AdapterError if it holds NaN or Inf.
     """
+    check_finished(location, name)
     if format_of(location, name) == "mlx":
         return mlx.read_adapter(location, name, base=base)
     return peft.read_adapter(_peft_folder(location, name), name, allow_pickle=allow_pickle, base=base)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
 from raymerge.config import run_name_fault
-from raymerge.errors import RecipeError
+from raymerge.errors import MergeError, RecipeError
+from raymerge.pipelines.fuse_options import named_parameters, value_of
 from raymerge.pipelines.job import finish
 from raymerge.pipelines.opening import need_adapters, need_recipes, open_project
 from raymerge.pipelines.steps import Steps, describe, run_steps
@@ -29,7 +28,8 @@ def merge(
 
     Returns the exit status.
     """
-    opened = open_project(location, recipes=recipes, extra=_recipe({**(extra or {}), **_named(parameters)}, recipes))
+    given = {**(extra or {}), **_parameters(parameters, extra or {})}
+    opened = open_project(location, recipes=recipes, extra=_recipe(given, recipes))
     need_recipes(opened)
     need_adapters(opened)
     steps = Steps(merge=True, refit=refit)
@@ -62,30 +62,21 @@ def _recipe(given: Mapping[str, Any], recipes: Sequence[str]) -> dict[str, Any] 
     return {**given, **numbers, "name": name}
 
 
-def _named(parameters: Sequence[str]) -> dict[str, Any]:
-    found = {}
-    for written in parameters:
-        name, _, text = written.partition("=")
-        try:
-            found[name.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"--param {written}: cannot be read.\nExpected for example density=0.2.") from error
-        if not name.strip() or not text:
-            raise RecipeError(f"--param {written}: is no NAME=VALUE.\nExpected for example density=0.2.")
-    return found
+def _parameters(written: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters from --param. given: what options of their own say."""
+    try:
+        found = named_parameters(written, dict.fromkeys(given, ""))
+        return {name: value_of(f"--param {name}", text) for name, text in found.items() if name not in given}
+    except MergeError as error:
+        raise RecipeError(str(error)) from error
 
 
 def _number(option: str, value: Any) -> Any:
     """`5`, `0.95`, `match_norm` or `{energy: 0.9, max: 32}` as the project file would give it."""
     if not isinstance(value, str):
         return value
-    for kind in (int, float):
-        try:
-            return kind(value)
-        except ValueError:
-            continue
     try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        return value_of(f"--{option}", value)
+    except MergeError as error:
         expected = "a number or match_norm" if option == "scale" else "keep, exact, a number, or energy such as 0.95"
         raise RecipeError(f"--{option} {value}: cannot be read.\nExpected {expected}.") from error

@@ -139,14 +139,6 @@ def base_location(project: Project) -> str | None:
     return base if _HUB_ID.fullmatch(base) and not base.startswith(".") and not is_path else location
 
 
-def base_digest(location: str) -> str:
-    """One digest for a base model's files: configuration, weights and tokenizer; of a hub id, the id."""
-    kinds = (".json", ".safetensors", ".bin", ".model", ".jinja", ".txt")
-    files = [f.path for f in storage.list_files(location) if f.path.endswith(kinds)]
-    found = [[name, storage.digest(storage.join(location, name))] for name in files]
-    return storage.digest_value(found or location)
-
-
 def need_recipes(opened: Opened) -> None:
     """Raise ProjectError if there is nothing to carry out."""
     if not opened.recipes:

@@ -13,10 +13,11 @@ from typing import Any
 from raymerge import storage
 from raymerge.errors import ProjectError, unknown
 from raymerge.personas import Split
-from raymerge.pipelines.opening import Opened, base_digest
+from raymerge.pipelines.opening import Opened, base_location
 from raymerge.pipelines.trainings import maker_of
 from raymerge.recipes import Recipe
 from raymerge.routing.table import MergeGroup, RoutingTable
+from raymerge.runtime.bases import base_digest
 from raymerge.runtime.scheduler import Item
 from raymerge.runtime.tasks import (
     AnswerSource,
@@ -55,6 +56,7 @@ def embedding_items(opened: Opened, experts: Sequence[str], trained: Mapping[str
             SketchTask(
                 storage.join(folder, f"deltas-{number:04d}"),
                 tuple((name, opened.project.adapter_location(name)) for name in part), SKETCH_DIMENSIONS, 0,
+                base_location(opened.project),
             ),
             after=frozenset(trained[name] for name in part if name in trained),
         )
@@ -85,8 +87,22 @@ def is_reference(recipe: Recipe, group: MergeGroup) -> bool:
     return group.single is not None and plain
 
 
-def merge_tasks(opened: Opened, recipe: Recipe, table: RoutingTable) -> tuple[dict[str, MergeTask], dict[str, str]]:
+@dataclass(frozen=True)
+class Merges:
     """The merges of a run by adapter name, and adapters that need none: name -> location."""
+
+    tasks: Mapping[str, MergeTask]
+    as_they_are: Mapping[str, str]
+
+    @property
+    def locations(self) -> dict[str, str]:
+        """Where each adapter of the run lies or will lie."""
+        return {**self.as_they_are, **{adapter: task.folder for adapter, task in self.tasks.items()}}
+
+
+def merges_of(opened: Opened, recipe: Recipe, table: RoutingTable) -> Merges:
+    """What becomes of each row of a routing table."""
+    base = base_location(opened.project)
     folder = storage.join(opened.project.run_folder(recipe.name), "adapters")
     tasks: dict[str, MergeTask] = {}
     as_they_are: dict[str, str] = {}
@@ -100,8 +116,8 @@ def merge_tasks(opened: Opened, recipe: Recipe, table: RoutingTable) -> tuple[di
             ExpertRef(name, opened.project.adapter_location(name), weight) for name, weight in sorted(group.experts)
         )
         where = storage.join(folder, group.adapter)
-        tasks[group.adapter] = MergeTask(group.adapter, where, experts, recipe.merges, opened.project.workspace)
-    return tasks, as_they_are
+        tasks[group.adapter] = MergeTask(group.adapter, where, experts, recipe.merges, opened.project.workspace, base)
+    return Merges(tasks, as_they_are)
 
 
 def merge_items(
@@ -131,7 +147,12 @@ class Scoring:
 
 
 def evaluation_items(
-    opened: Opened, recipe: Recipe, table: RoutingTable, trained: Mapping[str, str], scoring: Scoring
+    opened: Opened,
+    recipe: Recipe,
+    table: RoutingTable,
+    merges: Merges,
+    trained: Mapping[str, str],
+    scoring: Scoring,
 ) -> list[Item]:
     """Items that answer and score a run, each waiting for the adapters of its own personas, and one that joins them."""
     project = opened.project
@@ -149,7 +170,7 @@ def evaluation_items(
         batch_size=project.evaluation.batch_size,
         base_digest=base_digest(opened.need_base("evaluation")),
     )
-    sources = _sources(opened, recipe, table, trained, scoring)
+    sources = _sources(opened, recipe, table, merges, trained, scoring)
     items = []
     for number, part in enumerate(_cut(scored, project.evaluation.personas_per_item)):
         place = storage.join(folder, "parts", f"{number:04d}")
@@ -162,31 +183,35 @@ def evaluation_items(
 
 
 def _sources(
-    opened: Opened, recipe: Recipe, table: RoutingTable, trained: Mapping[str, str], scoring: Scoring
+    opened: Opened,
+    recipe: Recipe,
+    table: RoutingTable,
+    merges: Merges,
+    trained: Mapping[str, str],
+    scoring: Scoring,
 ) -> dict[str, tuple[AnswerSource, frozenset[str]]]:
     """Persona -> what answers for it, and the items that make that."""
-    tasks, as_they_are = merge_tasks(opened, recipe, table)
+    base = base_location(opened.project)
     anchor = maker_of(opened.project, recipe.anchor, trained)
     found = {}
     for group in table.groups():
         waits = anchor | {trained[name] for name, _ in group.experts if name in trained}
-        if group.adapter in tasks and not scoring.in_memory:
+        if group.adapter in merges.tasks and not scoring.in_memory:
             waits = frozenset({f"merge/{recipe.name}/{group.adapter}"})
         for persona in group.personas:
-            source = _source(recipe, persona, group, tasks, as_they_are, scoring.in_memory)
+            source = _source(recipe, persona, group, merges, scoring.in_memory, base)
             found[persona] = (source, waits)
     return found
 
 
 def _source(
-    recipe: Recipe, persona: str, group: MergeGroup, tasks: Mapping[str, MergeTask], as_they_are: Mapping[str, str],
-    in_memory: bool,
-) -> AnswerSource:  # fmt: skip
+    recipe: Recipe, persona: str, group: MergeGroup, merges: Merges, in_memory: bool, base: str | None
+) -> AnswerSource:
     if not group.experts:
         return AnswerSource(persona, "base")
-    if group.adapter in as_they_are:
-        return AnswerSource(persona, "adapter", location=as_they_are[group.adapter])
-    task = tasks[group.adapter]
+    if group.adapter in merges.as_they_are:
+        return AnswerSource(persona, "adapter", location=merges.as_they_are[group.adapter], base=base)
+    task = merges.tasks[group.adapter]
     if not in_memory:
         return AnswerSource(persona, "adapter", location=task.folder)
     mixed = recipe.rank == "exact" and recipe.method == "linear" and recipe.dtype is None

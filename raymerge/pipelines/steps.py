@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from raymerge.config import Grouping
 from raymerge.evaluation.scores import kind_of
+from raymerge.merging.methods import METHODS
 from raymerge.pipelines.checks import check_evaluation, check_recipes
 from raymerge.pipelines.job import JobResult, carry_out
 from raymerge.pipelines.layout import write_run_files
@@ -29,7 +30,7 @@ from raymerge.pipelines.planning import (
     embedding_items,
     evaluation_items,
     merge_items,
-    merge_tasks,
+    merges_of,
 )
 from raymerge.pipelines.trainings import check_training, start_of, trained_by, training_items
 from raymerge.recipes import Recipe
@@ -77,6 +78,7 @@ class Plan:
         for grouping, start in self.starts.items():
             if start is not None and opened.project.training.start_from is None:
                 self.notes.append(f"{grouping}: training starts from {start}, as that of the adapters there did")
+        self.notes += self._notes_on_methods()
         without = sorted(set(opened.names) - set(opened.trainable)) if steps.train else []
         if without:
             self.notes.append(f"{without[0]}: has no training examples ({len(without)} such personas)")
@@ -106,6 +108,15 @@ class Plan:
         self.waiting.discard(outcome.item_id)
         return [] if self.waiting else self.rest()
 
+    def _notes_on_methods(self) -> list[str]:
+        """What users of the methods should know, each once."""
+        found: dict[str, list[str]] = {}
+        for recipe in self.opened.recipes.values():
+            note = METHODS[recipe.method].note
+            if note is not None and self.steps.merge:
+                found.setdefault(note, []).append(recipe.method)
+        return [f"method {', '.join(dict.fromkeys(names))}: {note}" for note, names in found.items()]
+
     def rest(self) -> list[Item]:
         """Cluster trainings, merges and evaluations."""
         placed = place(self.opened, self.placing(), refit=self.steps.refit)
@@ -121,18 +132,17 @@ class Plan:
         self, recipe: Recipe, placed: Placed, table: RoutingTable, notes: tuple[str, ...]
     ) -> tuple[list[Item], list[Item]]:
         self.notes += [f"{recipe.name}: {note}" for note in notes]
-        merges: list[Item] = []
+        items: list[Item] = []
+        merges = merges_of(self.opened, recipe, table)
         if self.steps.merge:
-            tasks, as_they_are = merge_tasks(self.opened, recipe, table)
-            locations = as_they_are | {adapter: task.folder for adapter, task in tasks.items()}
-            write_run_files(self.opened.project, recipe, table, placed, notes, locations)
-            merges = merge_items(self.opened, recipe, tasks, self.trained)
+            write_run_files(self.opened.project, recipe, table, placed, notes, merges.locations)
+            items = merge_items(self.opened, recipe, merges.tasks, self.trained)
         if not self.steps.evaluate:
-            return merges, []
-        return merges, [
+            return items, []
+        return items, [
             item
             for scoring in self._scorings(recipe)
-            for item in evaluation_items(self.opened, recipe, table, self.trained, scoring)
+            for item in evaluation_items(self.opened, recipe, table, merges, self.trained, scoring)
         ]
 
     def _scorings(self, recipe: Recipe) -> list[Scoring]:
@@ -180,11 +190,11 @@ def describe(opened: Opened, steps: Steps) -> list[str]:
             )
             continue
         table, notes = place(opened, alone, refit=steps.refit, write=False).route(recipe)
-        tasks, as_they_are = merge_tasks(opened, recipe, table)
-        contributors = sum(len(task.experts) for task in tasks.values())
+        merges = merges_of(opened, recipe, table)
+        contributors = sum(len(task.experts) for task in merges.tasks.values())
         lines.append(
-            f"{name}: {len(table.personas)} personas, {len(tasks)} merges of {contributors} contributors, "
-            f"{len(as_they_are)} adapters used as they are"
+            f"{name}: {len(table.personas)} personas, {len(merges.tasks)} merges of {contributors} contributors, "
+            f"{len(merges.as_they_are)} adapters used as they are"
         )
         lines += [f"  {note}" for note in notes]
     return [*plan.notes, *lines]

@@ -9,7 +9,8 @@ from raymerge import manifest, storage
 from raymerge.adapters.catalogue import Catalogue
 from raymerge.config import GROUPINGS, Grouping, Project
 from raymerge.errors import AdapterError, PersonaError, ProjectError
-from raymerge.pipelines.opening import Opened, base_digest
+from raymerge.pipelines.opening import Opened
+from raymerge.runtime.bases import base_digest
 from raymerge.runtime.scheduler import Item
 from raymerge.runtime.tasks import TrainGroup, TrainTask
 

@@ -9,12 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raymerge import storage
-from raymerge.errors import AdapterError, StorageError
+from raymerge.errors import AdapterError, ModelError, StorageError
 from raymerge.manifest import invalidate, is_complete, read_manifest, write_artefact
 from raymerge.merging.sketch import sketch
 from raymerge.personas import read_personas
 from raymerge.routing.embeddings import encode_embeddings, make_embeddings, persona_embeddings
-from raymerge.runtime.experts import ExpertCache, adapter_digest, first_line
+from raymerge.runtime.bases import digest_with_base
+from raymerge.runtime.experts import ExpertCache, first_line
 from raymerge.runtime.tasks import EmbedTask, SketchTask
 
 VECTORS = "vectors.parquet"
@@ -35,12 +36,12 @@ def embed_to_folder(task: EmbedTask, worker: Any) -> dict[str, Any]:
 
 def sketch_to_folder(task: SketchTask, cache: ExpertCache) -> dict[str, Any]:
     """Write coordinates of adapters unless they are there. One that cannot be read is named and left out."""
-    digests: dict[str, str | None] = {}
+    digests: dict[str, Any] = {}
     failed: dict[str, str] = {}
     for name, where in task.adapters:
         try:
-            digests[name] = adapter_digest(where)
-        except (AdapterError, StorageError) as error:
+            digests[name] = digest_with_base(where, name, task.base)
+        except (AdapterError, ModelError, StorageError) as error:
             digests[name], failed[name] = None, first_line(error)
     key = storage.digest_value([task.dimensions, task.seed, digests])
     known = read_manifest(task.folder)
@@ -50,8 +51,8 @@ def sketch_to_folder(task: SketchTask, cache: ExpertCache) -> dict[str, Any]:
     rows: dict[str, NDArray[np.float32]] = {}
     for name, where in task.adapters:
         try:
-            rows[name] = sketch(cache.read(name, where), task.dimensions, task.seed)
-        except (AdapterError, StorageError) as error:
+            rows[name] = sketch(cache.read(name, where, base=task.base), task.dimensions, task.seed)
+        except (AdapterError, ModelError, StorageError) as error:
             failed[name] = first_line(error)
     vectors = np.stack(list(rows.values())) if rows else np.zeros((0, task.dimensions), dtype=np.float32)
     _write(task.folder, list(rows), vectors, failed, key)

@@ -8,22 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from raymerge import storage
-from raymerge.adapters import LoraAdapter, encode_adapter, open_adapter, read_adapter, weight_files
-from raymerge.adapters.mlx import folder_of
+from raymerge.adapters import LoraAdapter, encode_adapter, open_adapter, read_adapter
+from raymerge.adapters.base_weights import BaseWeights
+from raymerge.adapters.formats import adapter_digest
 from raymerge.errors import AdapterError, MergeError, RaymergeError
-from raymerge.manifest import invalidate, is_complete, is_unfinished, write_artefact
+from raymerge.manifest import invalidate, is_complete, write_artefact
 from raymerge.merging.merge import WHOLE, merge
+from raymerge.runtime.bases import Described, base_digest, base_of_dora, describe, is_folder, need_base
 from raymerge.runtime.tasks import MergeTask
-
-
-def adapter_digest(location: str) -> str:
-    """Content digest of an adapter's files. Raises AdapterError if one is missing, or it was never finished."""
-    if is_unfinished(folder_of(location)):
-        raise AdapterError(f"{location}: this adapter was begun and not finished.\nWhat makes it failed or was killed.")
-    try:
-        return storage.digest_value([storage.digest(file) for file in weight_files(location)])
-    except OSError as error:
-        raise AdapterError(f"{location}: there is no adapter.\n{error}") from error
 
 
 class ExpertCache:
@@ -32,21 +24,24 @@ class ExpertCache:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.held = 0
-        self._entries: OrderedDict[tuple[str, str], LoraAdapter] = OrderedDict()
+        self._entries: OrderedDict[tuple[str, ...], LoraAdapter] = OrderedDict()
 
-    def read(self, name: str, location: str) -> LoraAdapter:
-        """The adapter as it is on disk now. Raises AdapterError that names it."""
+    def read(self, name: str, location: str, *, digest: str | None = None, base: str | None = None) -> LoraAdapter:
+        """The adapter as it is on disk now. digest: of it, where it is known. base: where the base model lies, which is
+        opened for DoRA alone. Raises AdapterError that names it; ModelError for a base that cannot be read."""
         try:
-            key = (location, adapter_digest(location))
+            digest = digest or adapter_digest(location)
+            needed = base_of_dora(name, base) if describe(location, name, digest).dora else None
+            key = (location, digest, *(() if needed is None else (base_digest(needed),)))
             if key not in self._entries:
-                self._keep(key, read_adapter(location, name))
+                self._keep(key, read_adapter(location, name, base=None if needed is None else BaseWeights(needed)))
         except AdapterError as error:
             text = str(error)
             raise type(error)(text if text.startswith(name) else f"{name}: {text}") from error
         self._entries.move_to_end(key)
         return replace(self._entries[key], name=name)  # one adapter may go by several names
 
-    def _keep(self, key: tuple[str, str], adapter: LoraAdapter) -> None:
+    def _keep(self, key: tuple[str, ...], adapter: LoraAdapter) -> None:
         self._entries[key] = adapter
         self.held += adapter.nbytes
         while self.held > self.limit and len(self._entries) > 1:
@@ -56,39 +51,57 @@ class ExpertCache:
 
 @dataclass(frozen=True)
 class MergeInputs:
-    """A merge task with its inputs found: the anchor's location (or None), and the key of the result."""
+    """A merge task with its inputs found.
+
+    anchor: its location, or None. base: the base's location where this merge needs it, else None. digests: of the
+    experts by name. key: of the result.
+    """
 
     anchor: str | None
+    anchor_digest: str | None
+    base: str | None
+    base_digest: str | None
     digests: Mapping[str, str]
     key: str
 
 
 def find_inputs(task: MergeTask) -> MergeInputs:
-    """Digests of what a merge reads, and the key they make with the recipe. Raises AdapterError, MergeError."""
+    """Digests of what a merge reads, and the key they make with the recipe. No weight is read but to be digested.
+
+    Raises AdapterError for an adapter that is not there or cannot be used without a base that is not there; MergeError.
+    """
     digests = {}
+    found = {}
     for expert in task.experts:
         try:
             digests[expert.name] = adapter_digest(expert.location)
         except AdapterError as error:
             raise AdapterError(f"{expert.name}: {error}") from error
-    anchor = _anchor(task)
+        found[expert.name] = describe(expert.location, expert.name, digests[expert.name])
+    anchor = _anchor(task, found)
+    anchor_digest = adapter_digest(anchor) if anchor else None
+    if anchor is not None and anchor_digest is not None:
+        found["anchor"] = describe(anchor, "anchor", anchor_digest)
+    base = _base(task, found)
+    of_base = None if base is None else base_digest(base)
     key = storage.digest_value(
         {
             "experts": [[e.name, e.weight, digests[e.name]] for e in task.experts],
-            "anchor": adapter_digest(anchor) if anchor else None,
+            "anchor": anchor_digest,
             "merges": dict(task.merges),
+            **({} if of_base is None else {"base": of_base}),
         }
     )
-    return MergeInputs(anchor, digests, key)
+    return MergeInputs(anchor, anchor_digest, base, of_base, digests, key)
 
 
-def _anchor(task: MergeTask) -> str | None:
+def _anchor(task: MergeTask, found: Mapping[str, Described]) -> str | None:
     wanted = task.merges["anchor"]
     if wanted == "none":
         return None
     if wanted != "auto":
         return storage.resolve(task.workspace, wanted)
-    starts = {e.name: open_adapter(e.location, e.name).started_from for e in task.experts}
+    starts = {name: described.started_from for name, described in found.items()}
     if len(set(starts.values())) > 1:
         listed = ", ".join(f"{name} from {start or 'the base'}" for name, start in sorted(starts.items())[:4])
         raise MergeError(
@@ -99,23 +112,45 @@ def _anchor(task: MergeTask) -> str | None:
     return storage.resolve(task.workspace, start) if start else None
 
 
+def _base(task: MergeTask, found: Mapping[str, Described]) -> str | None:
+    """The base's location where the merge depends on its weights. Raises UnsupportedAdapterError if it is not there."""
+    for name, described in found.items():
+        if described.dora:
+            return base_of_dora(name, task.base)
+    is_mean = task.merges["method"] == "linear" and task.merges["scale"] == 1.0
+    for name, described in found.items():
+        if described.whole is not None and (is_folder(task.base) or not is_mean):
+            why = f"stores {described.whole} whole, and its delta is what that adds to the base's"
+            return need_base(name, why, task.base)
+    return None  # in a mean of whole tensors the base cancels; `merge` refuses what is none after all
+
+
 def build(task: MergeTask, inputs: MergeInputs, cache: ExpertCache) -> LoraAdapter:
     """Carry out a merge in memory. Experts that do not fit into the cache together are read module by module."""
     merges = task.merges
-    opened = [open_adapter(e.location, e.name) for e in task.experts]
+    base = None if inputs.base is None else BaseWeights(inputs.base)
+    opened = [open_adapter(e.location, e.name, base=base) for e in task.experts]
     if sum(adapter.nbytes for adapter in opened) <= cache.limit:
-        opened = [cache.read(e.name, e.location) for e in task.experts]
+        opened = [cache.read(e.name, e.location, digest=inputs.digests[e.name], base=inputs.base) for e in task.experts]
     return merge(
         opened,
         [e.weight for e in task.experts],
         method=merges["method"],
         rank=merges["rank"],
         scale=merges["scale"],
-        anchor=cache.read("anchor", inputs.anchor) if inputs.anchor else None,
+        anchor=read_anchor(inputs, cache),
+        base=base,
         dtype=merges["dtype"],
         name=task.name,
         **merges["method_parameters"],
     )
+
+
+def read_anchor(inputs: MergeInputs, cache: ExpertCache) -> LoraAdapter | None:
+    """What a merge's deltas are measured from, or None. Raises what `ExpertCache.read` raises."""
+    if inputs.anchor is None:
+        return None
+    return cache.read("anchor", inputs.anchor, digest=inputs.anchor_digest, base=inputs.base)
 
 
 def merge_to_folder(task: MergeTask, cache: ExpertCache) -> dict[str, Any]:
@@ -133,11 +168,13 @@ def merge_to_folder(task: MergeTask, cache: ExpertCache) -> dict[str, Any]:
     manifest = {
         "name": task.name,
         "experts": [{"name": e.name, "weight": e.weight, "digest": inputs.digests[e.name]} for e in task.experts],
-        "anchor": adapter_digest(inputs.anchor) if inputs.anchor else None,
+        "anchor": inputs.anchor_digest,
+        "base": inputs.base_digest,
         "merges": dict(task.merges),
         "error": adapter.errors[WHOLE],
         "errors": {path: error for path, error in sorted(adapter.errors.items()) if path != WHOLE},
         "ranks": {path: header.rank for path, header in adapter.headers.items()},
+        "notes": list(adapter.notes),
     }
     write_artefact(task.folder, files, manifest, inputs.key)
     return {"skipped": False, "error": manifest["error"], "bytes": sum(len(data) for data in files.values())}

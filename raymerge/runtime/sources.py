@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from raymerge.adapters import LoraAdapter
+from raymerge.adapters.formats import adapter_digest
 from raymerge.errors import AdapterError, MergeError, ModelError, StorageError
 from raymerge.merging.merge import mixture_weights
 from raymerge.models.layers import linear_modules
 from raymerge.models.multilora import check_fits
-from raymerge.runtime.experts import ExpertCache, MergeInputs, adapter_digest, build, find_inputs, first_line
+from raymerge.runtime.experts import ExpertCache, MergeInputs, build, find_inputs, first_line, read_anchor
 from raymerge.runtime.tasks import AnswerSource, MergeTask
 
 UNUSABLE = (AdapterError, MergeError, ModelError, StorageError)  # fails one persona, not the item
@@ -88,7 +89,8 @@ class _Loader:
     def load(self, source: AnswerSource) -> Mapping[int, float]:
         """A persona's weights over the adapters, after adding those that are new."""
         if source.location is not None:
-            return {self._add(source.location, self.cache.read(source.persona, source.location)): 1.0}
+            adapter = self.cache.read(source.persona, source.location, base=source.base)
+            return {self._add(source.location, adapter): 1.0}
         if source.merge is None:
             return {}
         inputs = find_inputs(source.merge)
@@ -99,8 +101,10 @@ class _Loader:
         return {self._numbers[inputs.key]: 1.0}
 
     def _mixture(self, task: MergeTask, inputs: MergeInputs) -> Mapping[int, float]:
-        experts = [self.cache.read(e.name, e.location) for e in task.experts]
-        anchor = self.cache.read("anchor", inputs.anchor) if inputs.anchor is not None else None
+        experts = [
+            self.cache.read(e.name, e.location, digest=inputs.digests[e.name], base=inputs.base) for e in task.experts
+        ]
+        anchor = read_anchor(inputs, self.cache)
         shares, anchor_share = mixture_weights(experts, [e.weight for e in task.experts], task.merges["scale"], anchor)
         numbers = [self._add(e.location, adapter) for e, adapter in zip(task.experts, experts, strict=True)]
         row = dict(zip(numbers, shares, strict=True))
@@ -111,6 +115,7 @@ class _Loader:
 
     def _add(self, identity: str, adapter: LoraAdapter) -> int:
         if identity not in self._numbers:
+            adapter.require_plain("cannot be scored")  # here it fails its own personas, later all of the item
             check_fits(adapter.name, adapter.headers, self.linear)
             self._numbers[identity] = len(self.adapters)
             self.adapters.append(adapter)

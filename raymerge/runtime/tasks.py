@@ -26,7 +26,8 @@ class ExpertRef:
 class MergeTask:
     """One merge group of a recipe, to be written to `folder`.
 
-    merges: `Recipe.merges`. workspace: where relative locations that adapters record (`started_from`) begin.
+    merges: `Recipe.merges`. workspace: where relative locations that adapters record (`started_from`) begin. base:
+    where the base model lies, or its hub id, for experts whose deltas depend on its weights; None where there is none.
     """
 
     name: str
@@ -34,6 +35,7 @@ class MergeTask:
     experts: tuple[ExpertRef, ...]
     merges: Mapping[str, Any]
     workspace: str
+    base: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,16 @@ class TrainTask:
 
 @dataclass(frozen=True)
 class AnswerSource:
-    """What answers for one persona: an adapter in a folder, a merge made in memory, a mixture, or the base."""
+    """What answers for one persona: an adapter in a folder, a merge made in memory, a mixture, or the base.
+
+    base: where the base model lies, for an adapter in a folder that is DoRA.
+    """
 
     persona: str
     kind: Literal["base", "adapter", "merge", "mixture"]
     location: str | None = None
     merge: MergeTask | None = None
+    base: str | None = None
 
 
 @dataclass(frozen=True)
@@ -105,9 +111,10 @@ class EmbedTask:
 
 @dataclass(frozen=True)
 class SketchTask:
-    """Embeddings of adapters by their deltas, for a folder of adapters without texts."""
+    """Embeddings of adapters by their deltas, for a folder of adapters without texts. base: as in MergeTask."""
 
     folder: str
     adapters: tuple[tuple[str, str], ...]
     dimensions: int
     seed: int
+    base: str | None = None

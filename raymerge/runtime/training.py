@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from raymerge import storage
+from raymerge.adapters import LoraAdapter
+from raymerge.adapters.formats import adapter_digest
 from raymerge.adapters.peft import encode_adapter
 from raymerge.errors import PersonaError
 from raymerge.manifest import invalidate, is_complete, write_artefact
 from raymerge.models.training import TrainingGroup, TrainingSettings, train
 from raymerge.personas import Personas, read_personas, render_prompt
-from raymerge.runtime.experts import adapter_digest
 from raymerge.runtime.tasks import TrainGroup, TrainTask
 
 
@@ -25,8 +26,7 @@ def train_to_folders(task: TrainTask, worker: Any) -> dict[str, Any]:
     for group in missing:
         invalidate(group.folder)
     base = worker.base
-    start = task.training["start_from"]
-    started = worker.cache.read(start, storage.resolve(task.workspace, start)) if start else None
+    started = _start(task, worker)
     groups = [
         TrainingGroup(
             group.name,
@@ -54,6 +54,14 @@ def train_to_folders(task: TrainTask, worker: Any) -> dict[str, Any]:
             }
             write_artefact(group.folder, encode_adapter(result.adapter), manifest, keys[group.name])
     return {"skipped": False, "adapters": len(missing) - len(failed), "failed": failed}
+
+
+def _start(task: TrainTask, worker: Any) -> LoraAdapter | None:
+    start = task.training["start_from"]
+    if not start:
+        return None
+    location = storage.resolve(task.workspace, start)
+    return worker.cache.read(start, location, base=worker.base_model or None)  # type: ignore[no-any-return]
 
 
 def _rows(personas: Personas, group: TrainGroup) -> list[Any]:

@@ -17,8 +17,9 @@ from raymerge.errors import (
 )
 from raymerge.pipelines.init import init
 from raymerge.pipelines.merge import merge
-from raymerge.pipelines.opening import base_digest, open_project
+from raymerge.pipelines.opening import open_project
 from raymerge.pipelines.run import run
+from raymerge.runtime.bases import base_digest
 from tests.pipelines.conftest import NAMES, make_adapter, write_project
 
 NEAR = {"strategy": "top_k", "k": 2}

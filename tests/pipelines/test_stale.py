@@ -9,13 +9,14 @@ import yaml
 
 from raymerge import storage
 from raymerge.adapters import load_adapter, save_adapter
+from raymerge.adapters.formats import adapter_digest
 from raymerge.errors import AdapterError, EvaluationError, StorageError
 from raymerge.manifest import UNFINISHED
 from raymerge.pipelines.compare import compare
 from raymerge.pipelines.evaluate import evaluate
 from raymerge.pipelines.merge import merge
 from raymerge.runtime import experts
-from raymerge.runtime.experts import ExpertCache, adapter_digest
+from raymerge.runtime.experts import ExpertCache
 from raymerge.runtime.scoring import gather
 from raymerge.runtime.tasks import GatherTask
 from tests.pipelines.conftest import make_adapter
@@ -73,7 +74,7 @@ def test_a_read_error_that_passes_is_forgotten(project, monkeypatch):
     assert merge(project, recipes=["exact"], local=True) == 0
     read = experts.read_adapter
 
-    def fails_once(location, name):
+    def fails_once(location, name, base):
         monkeypatch.setattr(experts, "read_adapter", read)
         raise StorageError(f"{location}: cannot be read just now.")
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from raymerge.adapters import FORMATS, LoraAdapter, LoraModule, save_adapter
+from raymerge.adapters.formats import adapter_digest
 from raymerge.errors import AdapterError
 from raymerge.manifest import invalidate
-from raymerge.runtime.experts import ExpertCache, adapter_digest
+from raymerge.runtime.experts import ExpertCache
 
 
 def save(folder, format, value=1.0):

@@ -94,7 +94,7 @@ class _Loader:
         if source.merge is None:
             return {}
         inputs = find_inputs(source.merge)
-        if source.kind == "mixture":
+        if source.kind == "mixture" and inputs.base is None:  # else `build` refuses what could not be written either
             return self._mixture(source.merge, inputs)
         if inputs.key not in self._numbers:
             self._add(inputs.key, build(source.merge, inputs, self.cache))

@@ -37,9 +37,21 @@ def test_any_method_can_be_given_with_its_parameters(project):
         "density": 0.4, "seed": 7, "majority_sign": "total",
     }  # fmt: skip
     assert evaluate(project, runs=["top_k_k3_dare_ties"], local=True) == 0
-    for wrong in ("density", "=3", "density=[", "x="):
+    for wrong in ("density", "=3", "density=[", "k=4"):
         with pytest.raises(RecipeError, match="--param"):
             merge(project, extra=given, parameters=[wrong], local=True)
+    with pytest.raises(RecipeError, match="parameter 'x'"):
+        merge(project, extra=given, parameters=["x="], local=True)
+
+
+def test_parameters_are_read_as_fuse_reads_them(project):
+    given = {"strategy": "top_k", "k": 3, "method": "dare_ties", "rank": "{energy: 9e-1, max: 3}"}
+    with pytest.raises(RecipeError, match=r"^--param density=0.5: density is given twice"):
+        merge(project, extra=given, parameters=["density=0.2", "density=0.5"], plan=True)
+    assert merge(project, extra=given, parameters=["density=5e-1", "majority-sign=frequency"], local=True) == 0
+    made = recorded(project, "top_k_k3_dare_ties")
+    assert made["method_parameters"] == {"density": 0.5, "seed": 0, "majority_sign": "frequency"}
+    assert made["rank"] == {"energy": 0.9, "max": 3}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from raymerge.adapters.adapter import LoraAdapter, LoraModule, ModuleHeader
+from raymerge.adapters.adapter import LoraAdapter, LoraModule
 from raymerge.merging.factors import inner
 from raymerge.merging.shapes import check_shapes
 
@@ -49,8 +49,9 @@ def gram(adapters: Sequence[LoraAdapter], precision: Precision = "float64") -> T
     precision: of the products of factors; modules are summed in float64. float32 gives cosines to about 1e-5. bfloat16
     is for factors stored so, and for processors that multiply it (AVX512_BF16, AMX, GPUs): norms are in float32, and so
     are blocks in which rounding could move a cosine by more than 1e-4 (six standard errors). Factors that are wider are
-    rounded to it first, which is not counted; over the entries of a module such errors cancel. Dense deltas are multiplied in float32 then. Raises MergeError if a module's shape differs between adapters, or only some have it
-    as an embedding.
+    rounded to it first, which is not counted; over the entries of a module such errors cancel. Dense deltas are
+    multiplied in float32 then. Raises MergeError if a module's shape differs between adapters, or it is an embedding in
+    some only.
     """
     total = torch.zeros(len(adapters), len(adapters), dtype=torch.float64)
     headers = [adapter.headers for adapter in adapters]
@@ -72,7 +73,8 @@ def gram(adapters: Sequence[LoraAdapter], precision: Precision = "float64") -> T
 def gram_module(shape: tuple[int, int], ranks: Sequence[int], read: _Read) -> Tensor:
     """Frobenius inner products of deltas of one shape, without biases: float64 (N, N).
 
-    read: the modules one after the other, anew at each call, None where a delta is zero. ranks: theirs. Their factors are put side by side as they come, so that none need be kept.
+    ranks: of the modules. read: them one after the other, anew at each call, None where a delta is zero. Factors are
+    put side by side as they come, so that no module need be kept.
     """
     return _all_products(shape, ranks, read, "float64", biases=False)
 

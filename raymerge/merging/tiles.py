@@ -177,15 +177,19 @@ def places(shape: tuple[int, int], device: torch.device, most: int = _SAMPLE) ->
     return rows.to(device), columns.to(device)
 
 
+def working_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype in which entries are worked on: float64 if a tensor is, else float32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
 def gather(site: Site, *, weighted: bool) -> Experts:
     """Look at all experts of a site once; keep them if their factors fit into memory."""
-    dtype, device, used = torch.float32, torch.device("cpu"), 0
+    dtype, device, used = working_dtype(), torch.device("cpu"), 0
     kept: list[tuple[int, Sequence[Factor]]] = []
     for index, factors in enumerate(site.deltas()):
         for factor in factors:
             device = factor.A.device
-            if torch.float64 in (factor.A.dtype, factor.B.dtype):
-                dtype = torch.float64
+            dtype = torch.promote_types(dtype, working_dtype(factor.A, factor.B))
         if site.weights[index] == 0:
             continue
         used += _nbytes(factors, torch.float32)

@@ -1,6 +1,7 @@
 """Laws of knots, tsv and iso_c, against plain decompositions of dense deltas in float64."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raymerge.adapters import LoraModule
+from raymerge.merging.methods import subspace
 from raymerge.merging.methods.subspace import iso_c, knots, tsv
 from raymerge.merging.rank import parse_rank
 from raymerge.merging.site import Dense, Factored, Site, Weighted
@@ -143,6 +145,23 @@ def test_other_dtypes_and_more_ranks_than_rows(name, dtype):
         "iso_c": lambda: dense_iso_c(deltas(one), weights, 3),
     }[name]()
     close(merged(name, one), wanted, 1e-5)
+
+
+@pytest.mark.parametrize("rank", [3, 15], ids=["factors", "dense"])
+def test_knots_keeps_nothing_of_many_experts(rank, monkeypatch):
+    """Where their ranks exceed the rows: an expert's part is gone when the next but one is made."""
+    made, part = [], subspace._part
+
+    def noted(factors):
+        assert sum(one() is not None for one in made) <= 1
+        found = part(factors)
+        made.append(weakref.ref(found.X))
+        return found
+
+    monkeypatch.setattr(subspace, "_part", noted)
+    one = site([module(i, rank, dtype=torch.float32) for i in range(8)], [0.1] * 8)
+    knots(one, density=0.4)
+    assert len(made) >= 16
 
 
 @every

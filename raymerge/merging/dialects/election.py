@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Majority = Literal["total", "frequency"]
+from raymerge.merging.consensus import MajoritySign
+
 _TILE = 2**15  # entries that stay in the cache through all steps, and that torch does not deal out to threads
 
 
@@ -40,7 +39,7 @@ class Election:
     zeros have no vote.
     """
 
-    def __init__(self, majority: Majority) -> None:
+    def __init__(self, majority: MajoritySign) -> None:
         self._majority = majority
         self._tallies: list[Tensor] | None = None  # votes, sum and share of the positive, sum and share of the negative
 

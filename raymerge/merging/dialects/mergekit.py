@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from raymerge.adapters.adapter import LoraModule
 from raymerge.errors import MergeError
 from raymerge.merging.dialects.draws import uniform
 from raymerge.merging.dialects.election import Election, WeightedSum
 from raymerge.merging.dialects.mergekit_means import karcher, model_stock, no_weights, slerp
 from raymerge.merging.dialects.selection import keep_between, keep_largest
 from raymerge.merging.site import Combined, Dense, Site, Weighted
+from raymerge.merging.tiles import working_dtype
 
 __all__ = [
     "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della", "della_linear", "karcher", "linear",
@@ -192,17 +192,13 @@ def _deltas(site: Site) -> Iterator[tuple[int, Tensor]]:
     """The deltas that are there, with the places of their experts: float32, or float64 where a factor is."""
     for index, module in enumerate(site.read()):
         if module is not None:
-            yield index, module.delta(_working(module))
+            yield index, module.delta(working_dtype(module.A, module.B))
 
 
 def _everyone(site: Site) -> Iterator[Tensor]:
     """The deltas of all experts, zeros where one lacks the module."""
     for module in site.read():
-        yield torch.zeros(site.shape) if module is None else module.delta(_working(module))
-
-
-def _working(module: LoraModule) -> torch.dtype:
-    return torch.float64 if module.dtype == torch.float64 else torch.float32
+        yield torch.zeros(site.shape) if module is None else module.delta(working_dtype(module.A, module.B))
 
 
 def _sum(tensors: Iterable[Tensor]) -> Tensor:

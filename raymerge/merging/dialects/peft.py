@@ -13,16 +13,17 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from raymerge.adapters.adapter import LoraModule
 from raymerge.errors import MergeError
+from raymerge.merging.consensus import MajoritySign
 from raymerge.merging.dialects.draws import uniform
-from raymerge.merging.dialects.election import Election, Majority, WeightedSum
+from raymerge.merging.dialects.election import Election, WeightedSum
 from raymerge.merging.dialects.selection import keep_largest, topk
 from raymerge.merging.factors import Factor
 from raymerge.merging.site import Combined, Dense, Factored, Site, Weighted
+from raymerge.merging.tiles import working_dtype
 
 # From a tensor, the name of its expert and of the tensor to the tensor with some entries dropped.
 Prune = Callable[[Tensor, str, str], Tensor]
@@ -69,12 +70,12 @@ def magnitude_prune_svd(site: Site, density: float | None) -> Combined:
     return _by_deltas(site, _largest(density), None)
 
 
-def ties(site: Site, density: float | None, majority_sign_method: Majority) -> Factored:
+def ties(site: Site, density: float | None, majority_sign_method: MajoritySign) -> Factored:
     """TIES on A and on B. Signs are elected without weights; the weighted sum is divided by the number that agree."""
     return _by_factors(site, "ties", _largest(density), majority_sign_method)
 
 
-def ties_svd(site: Site, density: float | None, majority_sign_method: Majority) -> Combined:
+def ties_svd(site: Site, density: float | None, majority_sign_method: MajoritySign) -> Combined:
     """TIES on the deltas. Signs are elected without weights; the weighted sum is divided by the number that agree."""
     return _by_deltas(site, _largest(density), majority_sign_method)
 
@@ -89,17 +90,17 @@ def dare_linear_svd(site: Site, density: float | None, seed: int) -> Combined:
     return _by_deltas(site, _random(density, seed), None)
 
 
-def dare_ties(site: Site, density: float | None, majority_sign_method: Majority, seed: int) -> Factored:
+def dare_ties(site: Site, density: float | None, majority_sign_method: MajoritySign, seed: int) -> Factored:
     """TIES on A and on B, with a random drop instead of the smallest."""
     return _by_factors(site, "dare_ties", _random(density, seed), majority_sign_method)
 
 
-def dare_ties_svd(site: Site, density: float | None, majority_sign_method: Majority, seed: int) -> Combined:
+def dare_ties_svd(site: Site, density: float | None, majority_sign_method: MajoritySign, seed: int) -> Combined:
     """TIES on the deltas, with a random drop instead of the smallest."""
     return _by_deltas(site, _random(density, seed), majority_sign_method)
 
 
-def _by_factors(site: Site, name: str, prune: Prune | None, majority: Majority | None) -> Factored:
+def _by_factors(site: Site, name: str, prune: Prune | None, majority: MajoritySign | None) -> Factored:
     if len(site.names) == 1:
         prune = majority = None
     ranks = sorted({rank for rank in site.ranks if rank})
@@ -113,17 +114,17 @@ def _by_factors(site: Site, name: str, prune: Prune | None, majority: Majority |
         strength = weight * module.scaling
         share = math.sqrt(abs(strength))
         for letter, factor, size in (("A", module.A, math.copysign(share, strength)), ("B", module.B, share)):
-            x = _wide(factor)
+            x = factor.detach().to(working_dtype(factor))
             sums[letter].add(x if prune is None else prune(x, expert, f"{site.path}.lora_{letter}"), size)
     return Factored([Factor(_finish(sums["B"]), _finish(sums["A"]))])
 
 
-def _by_deltas(site: Site, prune: Prune, majority: Majority | None) -> Combined:
+def _by_deltas(site: Site, prune: Prune, majority: MajoritySign | None) -> Combined:
     if len(site.names) == 1:
         return Weighted(site.weights)
     merged = _start(majority)
     for expert, weight, module in _present(site):
-        delta = module.delta(torch.float64 if module.dtype == torch.float64 else torch.float32)
+        delta = module.delta(working_dtype(module.A, module.B))
         merged.add(prune(delta, expert, site.path), weight)
     return Dense(_finish(merged))
 
@@ -134,11 +135,7 @@ def _present(site: Site) -> Iterator[tuple[str, float, LoraModule]]:
             yield name, weight, module
 
 
-def _wide(factor: Tensor) -> Tensor:
-    return factor.detach().to(torch.float64 if factor.dtype == torch.float64 else torch.float32)
-
-
-def _start(majority: Majority | None) -> Election | WeightedSum:
+def _start(majority: MajoritySign | None) -> Election | WeightedSum:
     return WeightedSum() if majority is None else Election(majority)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from raymerge.merging.lowrank import truncate
 from raymerge.merging.methods.sparse import ties
 from raymerge.merging.rank import RankRule, chosen_rank
 from raymerge.merging.site import Combined, Dense, Factored, Site, Weighted
+from raymerge.merging.tiles import working_dtype
 
 _EXACT = RankRule("exact")
 _SAME = 1e-12  # share of the largest eigenvalue below which unit vectors do not differ: 1e-6 of a length
@@ -116,61 +118,93 @@ def knots(site: Site, *, density: float, majority_sign: MajoritySign = "total") 
     found = _shared(site)
     if found is None:
         return Weighted([0.0] * len(site.names))
-    U, coordinates = found
-    ranks = tuple(0 if one is None else one.rank for one in coordinates)
-    inside = Site(site.path, (U.shape[1], site.shape[1]), site.names, site.weights, ranks, None, site.rule,
-                  lambda: iter(coordinates))  # fmt: skip
+    U, inside = found
     return Factored([Factor(U, ties(inside, density=density, majority_sign=majority_sign).delta)])
 
 
-def _shared(site: Site) -> tuple[Tensor, list[LoraModule | None]] | None:
-    """The left singular vectors of all deltas side by side, (out, K) with K their numerical rank, and each delta in
-    that basis, (K, in), as a product; None where all are zero.
+class _Part(NamedTuple):
+    """A delta X Q: X (out, r), and Q (r, in) with orthonormal rows, both float64. dtype: to work on entries in."""
 
-    D_i = X_i Q_i with orthonormal rows Q_i (QR of A_i), so [X_1 .. X_N] has the same left singular vectors, and the
-    concatenation is never formed.
-    """
-    dtype = torch.float32
-    parts: list[tuple[Tensor, Tensor] | None] = []
+    X: Tensor
+    Q: Tensor
+    dtype: torch.dtype
+
+
+def _parts(site: Site) -> Iterator[_Part | None]:
+    """The deltas one after the other; None where one is zero, or has no weight."""
     for weight, factors in zip(site.weights, site.deltas(), strict=True):
-        parts.append(None)
-        if weight == 0 or not factors:
-            continue
-        if any(torch.float64 in (factor.A.dtype, factor.B.dtype) for factor in factors):
-            dtype = torch.float64
-        stacked = stack(factors)
-        Q, R = torch.linalg.qr(stacked.A.T)
-        X = stacked.rows.T @ (stacked.weights[:, None] * R.T)
-        if float(X.square().sum()) > NOTHING**2 * squared_terms(stacked):
-            parts[-1] = (X, Q.T)
-    if not any(parts):
+        yield _part(factors) if weight != 0 and factors else None
+
+
+def _part(factors: Sequence[Factor]) -> _Part | None:
+    stacked = stack(factors)
+    inner, into = stacked.A.shape
+    if inner >= into:  # a dense delta, as it is
+        X = (stacked.rows.T * stacked.weights) @ stacked.A
+        Q = torch.eye(into, dtype=X.dtype, device=X.device)
+    else:
+        columns, R = torch.linalg.qr(stacked.A.T)
+        X, Q = stacked.rows.T @ (stacked.weights[:, None] * R.T), columns.T
+    if float(X.square().sum()) <= NOTHING**2 * squared_terms(stacked):
         return None
-    U = _left_basis(site.shape[0], [part[0] for part in parts if part])
-    return U, [None if part is None else _inside(U, *part, dtype) for part in parts]
+    return _Part(X, Q, working_dtype(*(side for factor in factors for side in (factor.A, factor.B))))
 
 
-def _inside(U: Tensor, X: Tensor, Q: Tensor, dtype: torch.dtype) -> LoraModule:
-    """The product X Q in the basis U. A direction of which it has rounding alone is one that it has not: it must not
-    vote there."""
-    P = U.T @ X
+def _shared(site: Site) -> tuple[Tensor, Site] | None:
+    """The left singular vectors of all deltas side by side, (out, K) with K their numerical rank, and the deltas in
+    that basis, (K, in), as a site that makes them one after the other; None where all are zero.
+
+    As [D_1 .. D_N] = [X_1 Q_1 .. X_N Q_N], [X_1 .. X_N] has the same left singular vectors. Neither is formed where
+    that would take more memory than a matrix (out, out).
+    """
+    out, into = site.shape
+    anchored = 0 if site.anchor is None else site.anchor.rank
+    most = sum(min(rank + anchored, into) for rank, weight in zip(site.ranks, site.weights, strict=True) if weight != 0)
+    ranks, dtype = [], torch.float32
+    columns: list[Tensor] = []
+    M: Tensor | None = None
+    for part in _parts(site):
+        ranks.append(0 if part is None else int(part.Q.shape[0]))
+        if part is None:
+            continue
+        dtype = torch.promote_types(dtype, part.dtype)
+        if most < out:
+            columns.append(part.X)
+        else:
+            M = part.X.new_zeros(out, out) if M is None else M
+            M.addmm_(part.X, part.X.T)
+    if not any(ranks):
+        return None
+    U = _eigenvectors(M) if M is not None else _left_vectors(torch.cat(columns, 1))
+
+    def read() -> Iterator[LoraModule | None]:
+        return (None if part is None else _inside(U, part, dtype) for part in _parts(site))
+
+    shape = (int(U.shape[1]), into)
+    return U, Site(site.path, shape, site.names, site.weights, tuple(ranks), None, site.rule, read)
+
+
+def _inside(U: Tensor, part: _Part, dtype: torch.dtype) -> LoraModule:
+    """A delta in the basis U, as a product. A direction of which it has rounding alone is one that it has not: it must
+    not vote there."""
+    P = U.T @ part.X
     lengths = P.norm(dim=1, keepdim=True)
     P *= lengths > _NOISE[dtype] * lengths.max()
-    return LoraModule(Q.to(dtype), P.to(dtype), 1.0)
+    return LoraModule(part.Q.to(dtype), P.to(dtype), 1.0)
 
 
-def _left_basis(out: int, parts: Sequence[Tensor]) -> Tensor:
-    """Left singular vectors of matrices (out, r_i) side by side, up to their numerical rank."""
-    if sum(X.shape[1] for X in parts) < out:
-        Q, R = torch.linalg.qr(torch.cat(list(parts), 1))
-        M = R @ R.T
-    else:
-        Q, M = None, parts[0].new_zeros(out, out)
-        for X in parts:
-            M.addmm_(X, X.T)
+def _left_vectors(X: Tensor) -> Tensor:
+    """Left singular vectors of a tall matrix, up to its numerical rank."""
+    Q, R = torch.linalg.qr(X)
+    return torch.mm(Q, _eigenvectors(R @ R.T))
+
+
+def _eigenvectors(M: Tensor) -> Tensor:
+    """Eigenvectors of X X^T, the largest first, up to the numerical rank of X."""
     values, vectors = torch.linalg.eigh(M)
     energies = values.flip(0).clamp(min=0).tolist()
-    Z = vectors.flip(1)[:, : chosen_rank(_EXACT, len(energies), energies, math.fsum(energies))]
-    return Z.contiguous() if Q is None else torch.mm(Q, Z)
+    rank = chosen_rank(_EXACT, len(energies), energies, math.fsum(energies))
+    return torch.flip(vectors, (1,))[:, :rank].contiguous()
 
 
 def _singular(shape: tuple[int, int], factors: Sequence[Factor]) -> tuple[Tensor, Tensor, Tensor] | None:

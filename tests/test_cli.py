@@ -1,5 +1,6 @@
 """The command line: its help, its exit statuses, and that nobody meets a traceback unasked."""
 
+import os
 import re
 import subprocess
 import sys
@@ -74,6 +75,25 @@ def test_ctrl_c_is_no_failed_item(monkeypatch, capsys):
     raises(monkeypatch, KeyboardInterrupt())
     assert status("compare", "p.yaml") == 130
     assert "goes on where it stopped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("command", "pipeline"), [("prompt", "prompt.prompt"), ("inspect", "inspect.inspect")])
+def test_what_keeps_nothing_does_not_promise_to_go_on(command, pipeline, monkeypatch, capsys):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"raymerge.pipelines.{pipeline}", interrupted)
+    assert status(command, "a", *(["--base", "b"] if command == "prompt" else [])) == 130
+    assert capsys.readouterr().err.splitlines() == ["raymerge: interrupted."]
+
+
+def test_threads_that_wait_do_not_spin_in_any_command(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert status("methods") == 0
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert status("methods") == 0
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
 @pytest.mark.parametrize("arguments", [["marge"], ["merge"], ["merge", "p.yaml", "--k", "0"], ["merge", "--rnak", "2"]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -11,11 +12,15 @@ from raymerge.errors import RaymergeError
 
 __all__ = ["app", "main", "projects", "standalone"]
 
+_KEEP_NOTHING = frozenset({"inspect", "methods", "prompt"})  # commands that begin anew each time
+
 
 def main(arguments: list[str] | None = None) -> Any:
     """Run a command. Exit status: 0 all done, 1 some items failed, 2 bad input or an unforeseen error."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
+    # Before torch is loaded: threads that spin while another program holds a core make products thirty times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app(args=[a for a in given if a != "--debug"], prog_name="raymerge", standalone_mode=True)
     except RaymergeError as error:
@@ -32,7 +37,9 @@ def main(arguments: list[str] | None = None) -> Any:
         sys.exit(2)
     except SystemExit as end:
         if _interrupted(end):
-            print("raymerge: interrupted. The same command goes on where it stopped.", file=sys.stderr)
+            command = next((word for word in given if not word.startswith("-")), None)
+            goes_on = "" if command in _KEEP_NOTHING else " The same command goes on where it stopped."
+            print(f"raymerge: interrupted.{goes_on}", file=sys.stderr)
             sys.exit(130)
         raise
 

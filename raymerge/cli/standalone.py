@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated
 
 import typer
@@ -53,8 +52,10 @@ def fuse(
     plain = {"density": density, "t": t, "seed": seed, "epsilon": epsilon, "gamma": gamma,
              "majority_sign": majority_sign}  # fmt: skip
     request = Request(
-        adapters, out, weights, weights_file, normalize, method, named_parameters(param or (), plain), rank, uniform,
-        scale, anchor, base, dtype, dialect, form, allow_pickle, explain, sweep, name, force,
+        adapters=adapters, out=out, weights=weights, weights_file=weights_file, normalize=normalize, method=method,
+        parameters=named_parameters(param or (), plain), rank=rank, uniform=uniform, scale=scale, anchor=anchor,
+        base=base, dtype=dtype, dialect=dialect, format=form, allow_pickle=allow_pickle, explain=explain, sweep=sweep,
+        name=name, force=force,
     )  # fmt: skip
     end(pipeline(request))
 
@@ -65,15 +66,13 @@ def inspect(
         list[str], typer.Argument(metavar="ADAPTER", help="Folders of adapters, at any depth, patterns, or URIs.")
     ],
     similarity: Annotated[bool, typer.Option("--similarity", help="Cosines of deltas: table, PNG, JSON.")] = False,
-    out: Annotated[str, option("--out", "DIR", "Folder for the PNG and the JSON.")] = "inspect",
+    out: Annotated[str | None, option("--out", "DIR", "Folder for the PNG and the JSON; else `inspect`.")] = None,
     base: Annotated[str | None, option("--base", "MODEL", "The base's folder, for DoRA.")] = None,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .bin weights.")] = False,
     no_norm: Annotated[bool, typer.Option("--no-norm", help="Read headers alone: quick for thousands.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
 ) -> None:
     """List adapters and say which of them merge."""
-    # Before torch is loaded: threads that spin while another program holds a core make products thirty times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from raymerge.pipelines.inspect import inspect as pipeline
 
     end(
@@ -129,9 +128,10 @@ def prompt(
     from raymerge.pipelines.prompt_answers import Question
 
     question = Question(
-        base, [*(adapters or ()), *(adapter or ())], fused or (), text or (), prompts, _broken(prompt_format),
-        max_new_tokens, [_broken(one) for one in stop or ()], similarity_model or DEFAULT_ENCODER, not no_base,
-        batch_size, device, dtype, allow_pickle,
+        base=base, adapters=[*(adapters or ()), *(adapter or ())], fused=fused or (), prompts=text or (), file=prompts,
+        prompt_format=_broken(prompt_format), max_new_tokens=max_new_tokens, stop=[_broken(one) for one in stop or ()],
+        similarity_model=similarity_model or DEFAULT_ENCODER, with_base=not no_base, batch_size=batch_size,
+        device=device, dtype=dtype, allow_pickle=allow_pickle,
     )  # fmt: skip
     end(pipeline(question, as_json=as_json, out=out))
 

@@ -17,15 +17,33 @@ _SURE = 0.05
 
 
 @dataclass(frozen=True)
+class Contributor:
+    """An expert that a merge was made of: its name there, and its content digest where that is known."""
+
+    name: str
+    digest: str | None = None
+
+
+@dataclass(frozen=True)
 class Respondent:
     """Who answers: the base alone, an expert, or an adapter that was made by merging.
 
-    contributors: the experts that a fused one was made of; empty where nobody wrote that down.
+    contributors: what a fused one was made of; empty where nobody wrote that down. digest: of an adapter's content, by
+    which it is known under any name.
     """
 
     name: str
     kind: Kind
-    contributors: tuple[str, ...] = ()
+    contributors: tuple[Contributor, ...] = ()
+    digest: str | None = None
+
+    def is_one(self, contributor: Contributor) -> bool:
+        """Whether this is what went into a merge: the same content, or the same name where a content is not known."""
+        if self.kind == "base":
+            return False
+        if self.digest is None or contributor.digest is None:
+            return self.name == contributor.name
+        return self.digest == contributor.digest
 
 
 @dataclass(frozen=True)
@@ -77,22 +95,24 @@ class Scores:
             for row, respondent in enumerate(self.respondents)
         }
 
-    def kept(self) -> list[Kept]:
-        """What each fused adapter keeps of each expert that a capability is named after, for every metric.
+    def experts_of(self, merge: Respondent) -> list[str]:
+        """The experts here that went into a merge; all of them where nobody wrote down which did."""
+        known = merge.contributors
+        experts = [r for r in self.respondents if r.kind == "expert"]
+        return [r.name for r in experts if not known or any(r.is_one(contributor) for contributor in known)]
 
-        Where a merge's contributors are among the experts here, the other experts are left out. Empty without the base.
-        """
+    def kept(self) -> list[Kept]:
+        """What each fused adapter keeps of each expert that went into it and that a capability is named after, for
+        every metric. Empty without the base."""
         rows = {respondent.name: row for row, respondent in enumerate(self.respondents)}
         base = next((row for row, r in enumerate(self.respondents) if r.kind == "base"), None)
         if base is None:
             return []
-        experts = [r.name for r in self.respondents if r.kind == "expert"]
         found = []
         for merge in self.respondents:
             if merge.kind != "fused":
                 continue
-            went_in = [name for name in experts if name in merge.contributors] or experts
-            for expert in (name for name in went_in if name in self.prompts):
+            for expert in (name for name in self.experts_of(merge) if name in self.prompts):
                 for metric in self.values:
                     values = self.of(metric, expert)[[base, rows[expert], rows[merge.name]]]
                     found.append(_kept(values, merge.name, expert, metric))

@@ -1,4 +1,4 @@
-"""`raymerge inspect`: what adapters are, what is unusual about them, and which merge with each other."""
+"""`raymerge inspect`: what adapters are, what is unusual about them, and which merge together."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from raymerge import storage
-from raymerge.pipelines.inspect_adapter import Inspected, inspect_adapter
+from raymerge.errors import ModelError, RaymergeError
+from raymerge.pipelines.inspect_adapter import Inspected, inspect_adapter, with_weights_read
 from raymerge.pipelines.inspect_groups import Group, group
 from raymerge.pipelines.inspect_places import find_adapters
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from raymerge.pipelines.inspect_similarity import Similarity
 
 MATRIX, MAP = "similarity.json", "similarity.png"
+OUT = "inspect"
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def inspect(
     given: Sequence[str],
     *,
     similarity: bool = False,
-    out: str = "inspect",
+    out: str | None = None,
     base: str | None = None,
     allow_pickle: bool = False,
     norm: bool = True,
@@ -50,17 +52,19 @@ def inspect(
 ) -> int:
     """Look at adapters and print what is found; with similarity, write the matrix as JSON and PNG into `out`.
 
-    given: folders, folders above them, or patterns. base: the base model's weights, which DoRA needs. norm: read the
-    weights; without it the headers alone. Raises AdapterError for an argument that leads to no adapter. Returns the
-    exit status: 1 if some adapter cannot be read.
+    given: folders, folders above them, or patterns. out: a folder, by default `inspect`; with as_json nothing is
+    written unless it is given. base: the base model's weights, which DoRA needs. norm: read the weights; without it the
+    headers alone. Raises AdapterError for an argument that leads to no adapter, and ModelError if there is no base
+    where it should be. Returns the exit status: 1 if some adapter cannot be read.
     """
     found = inspection(given, similarity=similarity, base=base, allow_pickle=allow_pickle, norm=norm)
-    if found.similarity is not None and found.similarity.names:
-        _write(found.similarity, storage.resolve(os.getcwd(), out))
+    folder = OUT if out is None and not as_json else out
+    if folder is not None and found.similarity is not None and found.similarity.names:
+        _write(found.similarity, storage.resolve(os.getcwd(), folder))
     if as_json:
         print(storage.encode_json(found.to_json()).decode(), end="")
     else:
-        _show(found, out)
+        _show(found, folder or OUT)
     return 1 if any(adapter.error is not None for adapter in found.adapters) else 0
 
 
@@ -77,7 +81,10 @@ def inspection(
     if base is not None:
         from raymerge.adapters.base_weights import BaseWeights
 
-        weights = BaseWeights(storage.resolve(os.getcwd(), base))
+        place = storage.resolve(os.getcwd(), base)
+        if not storage.exists(place):
+            raise ModelError(f"{place}: there is no base model.\nExpected a folder with safetensors weights.")
+        weights = BaseWeights(place)
     adapters = []
     places = find_adapters(given)
     with _progress() as say:
@@ -85,15 +92,31 @@ def inspection(
             for number, (name, location) in enumerate(places.items(), 1):
                 say(f"adapter {number} of {len(places)}")
                 adapters.append(inspect_adapter(location, name, base=weights, allow_pickle=allow_pickle, norm=norm))
-        readable = [adapter for adapter in adapters if adapter.error is None]
-        groups = group(readable)
+        groups = group(_readable(adapters))
         found: Similarity | None = None
         if similarity:
-            from raymerge.pipelines.inspect_similarity import measure
-
             say("similarities")
-            found = measure(groups, readable)
+            adapters, groups, found = _similar(adapters, groups)
     return Inspection(tuple(adapters), tuple(groups), tuple(_warnings(groups)), found)
+
+
+def _readable(adapters: Sequence[Inspected]) -> list[Inspected]:
+    return [adapter for adapter in adapters if adapter.error is None]
+
+
+def _similar(adapters: list[Inspected], groups: list[Group]) -> tuple[list[Inspected], list[Group], Similarity]:
+    """Similarities of the adapters whose weights can be read; the others are told apart only where some cannot."""
+    from raymerge.pipelines.inspect_similarity import measure
+
+    try:
+        return adapters, groups, measure(groups, _readable(adapters))
+    except RaymergeError:
+        checked = [with_weights_read(adapter) for adapter in adapters]
+        readable = _readable(checked)
+        if len(readable) == len(_readable(adapters)):  # it is none of them
+            raise
+        groups = group(readable)
+        return checked, groups, measure(groups, readable)
 
 
 def _warnings(groups: Sequence[Group]) -> Iterator[str]:

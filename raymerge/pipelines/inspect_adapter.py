@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from raymerge import storage
 from raymerge.adapters import formats, mlx_config, peft_config
-from raymerge.errors import AdapterError, RaymergeError
-from raymerge.manifest import is_unfinished
+from raymerge.errors import RaymergeError
 
 if TYPE_CHECKING:
     from raymerge.adapters.adapter import LoraAdapter, LoraModule, ModuleHeader
@@ -53,7 +52,8 @@ class Inspected:
 
     def to_json(self) -> dict[str, Any]:
         """All but the weights."""
-        said: dict[str, Any] = {"name": self.name, "location": self.location, "format": self.format}
+        location = self.location.encode(errors="backslashreplace").decode()  # its bytes may be no UTF-8
+        said: dict[str, Any] = {"name": self.name, "location": location, "format": self.format}
         if self.error is not None:
             return {**said, "error": self.error}
         return {
@@ -79,10 +79,9 @@ def inspect_adapter(
     """Read an adapter's headers and, for its norm, its weights. What is wrong with it is told, not raised."""
     form: str | None = None
     try:
+        formats.check_finished(location, name)
         form = formats.format_of(location, name)
         weights, config = formats.weight_files(location)
-        if is_unfinished(storage.parent(weights)):
-            raise AdapterError(f"{name}: was begun and not finished.\nWhat makes it failed, was killed, or is at work.")
         pickled = weights.endswith(".bin") and allow_pickle
         settings = _settings(storage.read_json(config), form, name)
         adapter: LoraAdapter | None = None
@@ -109,6 +108,18 @@ def inspect_adapter(
         )
     except RaymergeError as error:
         return Inspected(name, location, form, error=str(error))
+
+
+def with_weights_read(one: Inspected) -> Inspected:
+    """The same adapter, or, if its weights cannot be read, why. They are read one module after the other."""
+    if one.adapter is None:
+        return one
+    try:
+        for path in one.adapter.headers:
+            one.adapter.modules[path]
+    except RaymergeError as error:
+        return Inspected(one.name, one.location, one.format, error=str(error))
+    return one
 
 
 def _settings(config: Any, form: str, name: str) -> LoraSettings | MlxSettings:

@@ -1,10 +1,11 @@
-"""Which adapters merge with each other, and why others do not: by the shapes of their modules."""
+"""Which adapters merge together, and why others do not: by the shapes of their modules."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,17 +17,23 @@ Shape = tuple[tuple[int, ...], bool]  # of the delta or the whole tensor, and wh
 
 @dataclass(frozen=True)
 class Group:
-    """Adapters that merge with each other. apart: for each group before this one, why the two do not merge; empty where
-    they share no module. bases: how many of its adapters name which base model."""
+    """Adapters that merge together. apart: for each group before this one, why the two do not merge; empty where they
+    share no module. bases: how many of its adapters name which base model. strangers: pairs of sets of its adapters; no
+    adapter of the one shares a module with one of the other, so that two such alone do not merge."""
 
     names: tuple[str, ...]
     apart: tuple[str, ...]
     bases: Mapping[str, int]
+    strangers: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As mappings and lists."""
-        apart = [why or "they share no module" for why in self.apart]
-        return {"adapters": list(self.names), "apart": apart, "base_models": dict(self.bases)}
+        return {
+            "adapters": list(self.names),
+            "apart": [why or "they share no module" for why in self.apart],
+            "base_models": dict(self.bases),
+            "share_no_module": [[list(first), list(second)] for first, second in self.strangers],
+        }
 
 
 @dataclass
@@ -64,9 +71,20 @@ def group(adapters: Sequence[Inspected]) -> list[Group]:
             tuple(sorted(adapter.name for adapter in one.members)),
             tuple(other.why_not(one) or "" for other in groups[:number]),
             dict(sorted(Counter(a.base_model for a in one.members if a.base_model).items())),
+            tuple(_strangers(one.members)),
         )
         for number, one in enumerate(groups)
     ]
+
+
+def _strangers(members: Sequence[Inspected]) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Adapters with the same modules are one set, so that there are few pairs however many adapters."""
+    alike: dict[frozenset[str], list[str]] = defaultdict(list)
+    for adapter in sorted(members, key=lambda adapter: adapter.name):
+        alike[frozenset(_shapes(adapter))].append(adapter.name)
+    for (first, some), (second, others) in combinations(alike.items(), 2):
+        if first.isdisjoint(second):
+            yield tuple(some), tuple(others)
 
 
 def _sort_in(one: _Growing, groups: list[_Growing]) -> None:

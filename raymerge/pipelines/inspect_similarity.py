@@ -26,15 +26,27 @@ class Similarity:
     cosines: NDArray[np.float64]
     left_out: tuple[str, ...] = ()
 
-    def pairs(self) -> list[tuple[float, str, str]]:
-        """Cosine and names of all pairs that have one, the most similar first."""
-        found = [
-            (float(self.cosines[i, j]), min(self.names[i], self.names[j]), max(self.names[i], self.names[j]))
-            for i in range(len(self.names))
-            for j in range(i + 1, len(self.names))
-            if not math.isnan(self.cosines[i, j])
-        ]
+    def values(self) -> NDArray[np.float64]:
+        """The cosine of every pair that has one: (pairs,)."""
+        return np.asarray(self.cosines[self._known()])
+
+    def nearest(self, count: int) -> list[tuple[float, str, str]]:
+        """Cosine and names of the most similar pairs, the most similar first."""
+        places = np.flatnonzero(self._known())
+        values = self.cosines.ravel()[places]
+        if count < len(values):
+            chosen = np.argpartition(-values, count)[:count]
+            places, values = places[chosen], values[chosen]
+        rows, columns = np.divmod(places, max(len(self.names), 1))
+        found = []
+        for value, row, column in zip(values.tolist(), rows.tolist(), columns.tolist(), strict=True):
+            first, second = sorted((self.names[row], self.names[column]))
+            found.append((value, first, second))
         return sorted(found, key=lambda pair: (-pair[0], pair[1], pair[2]))
+
+    def _known(self) -> NDArray[np.bool_]:
+        """(N, N): whether a cosine is known and stands above the diagonal, where each pair is once."""
+        return np.triu(~np.isnan(self.cosines), 1)
 
     def to_json(self) -> dict[str, Any]:
         """As mappings and lists; null between adapters that do not merge. Rounded where float32 ends."""

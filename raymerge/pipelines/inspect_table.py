@@ -85,8 +85,9 @@ def _unusual(adapters: Sequence[Inspected]) -> list[RenderableType]:
 def _merging(groups: Sequence[Group]) -> list[RenderableType]:
     if len(groups) == 1:
         count = len(groups[0].names)
-        return [Text(f"All {count} merge with each other." if count > 1 else "There is one adapter to merge.")]
-    parts: list[RenderableType] = [Text("Merge with each other", style="bold")]
+        text = f"All {count} merge together." if count > 1 else "There is one adapter to merge."
+        return [Text(text), *_strangers(groups[0])]
+    parts: list[RenderableType] = [Text("Merge together", style="bold")]
     for number, group in enumerate(groups, 1):
         parts.append(_indented(f"group {number} ({len(group.names)}): {_listed(group.names)}"))
         parts += [_indented(why, 4, "dim") for why in dict.fromkeys(filter(None, group.apart))]
@@ -94,19 +95,30 @@ def _merging(groups: Sequence[Group]) -> list[RenderableType]:
         if strangers:
             plural = "s" * (len(strangers) > 1)
             parts.append(_indented(f"shares no module with group{plural} {', '.join(strangers)}", 4, "dim"))
+        parts += _strangers(group, 4)
     return parts
+
+
+def _strangers(group: Group, columns: int = 2) -> list[RenderableType]:
+    """Pairs of a group that share nothing by themselves."""
+    text = "share no module and do not merge alone"
+    shown = [_indented(f"{_listed(a)} | {_listed(b)}: {text}", columns, "dim") for a, b in group.strangers[:_LISTED]]
+    more = len(group.strangers) - _LISTED
+    return shown + ([_indented(f"and {more:,} more such pairs", columns, "dim")] if more > 0 else [])
 
 
 def similarity_lines(similarity: Similarity) -> RenderableType:
     """The matrix where it fits, else what stands out in it."""
     parts: list[RenderableType] = [Text("\nCosine of deltas", style="bold")]
     parts += [_matrix(similarity)] if len(similarity.names) <= FEW else []
-    pairs = similarity.pairs()
-    if pairs:
-        mean = math.fsum(cosine for cosine, _, _ in pairs) / len(pairs)
-        parts.append(_indented(f"{len(pairs):,} pairs: mean {mean:.3f}, from {pairs[-1][0]:.3f} to {pairs[0][0]:.3f}"))
-    if len(similarity.names) > FEW:
-        shown = pairs[:_PAIRS]
+    values = similarity.values()
+    if len(values) == 1:
+        parts.append(_indented(f"1 pair: {values[0]:.3f}"))
+    elif len(values):
+        span = f"from {values.min():.3f} to {values.max():.3f}"
+        parts.append(_indented(f"{len(values):,} pairs: mean {values.mean():.3f}, {span}"))
+    if len(similarity.names) > FEW and len(values):
+        shown = similarity.nearest(_PAIRS)
         parts += [_indented("nearest:"), *(_indented(f"  {c:.3f}  {_pair(a, b)}") for c, a, b in shown)]
     if similarity.left_out:
         parts.append(Text(f"left out, since their deltas need --base: {_listed(similarity.left_out)}", style="dim"))

@@ -18,7 +18,7 @@ from raymerge.pipelines.prompt_file import Prompt, read_prompts
 
 if TYPE_CHECKING:
     from raymerge.adapters import LoraAdapter
-    from raymerge.evaluation.capabilities import Respondent, Scores
+    from raymerge.evaluation.capabilities import Contributor, Kind, Respondent, Scores
     from raymerge.models.base import BaseModel
     from raymerge.pipelines.prompt_batch import Progress
 
@@ -67,6 +67,7 @@ def ask(question: Question) -> Answers:
         respondents.insert(0, _base_alone())
     with _progress() as progress:
         answers, scores = _answered(question, adapters, respondents, prompts, progress)
+    notes += _absent(respondents)
     if scores is not None:
         notes += _unstated(scores)
     return Answers(
@@ -124,7 +125,8 @@ def _prompts(question: Question) -> tuple[tuple[Prompt, ...], list[str]]:
             raise EvaluationError("no prompts are given.\nExpected --prompt TEXT, or --prompts FILE.")
         return tuple(Prompt(text) for text in question.prompts), []
     prompts, left_out = read_prompts(storage.resolve(os.getcwd(), question.file))
-    return prompts, [f"Only examples of split test are asked: {left_out} others are left out."] if left_out else []
+    others = "1 other is" if left_out == 1 else f"{left_out} others are"
+    return prompts, [f"Only examples of split test are asked: {others} left out."] if left_out else []
 
 
 def _sources(question: Question) -> tuple[Source, ...]:
@@ -144,10 +146,24 @@ def _read(source: Source, question: Question) -> LoraAdapter:
     from raymerge.adapters.base_weights import BaseWeights
     from raymerge.adapters.formats import read_adapter
 
-    weights = BaseWeights(storage.resolve(os.getcwd(), question.base))  # for DoRA; not opened before it is needed
+    location = storage.resolve(os.getcwd(), question.base)
+    weights = BaseWeights(location) if storage.exists(location) else None  # for DoRA; not opened before it is needed
+    if weights is None and _is_dora(source):
+        raise AdapterError(
+            f"{source.name}: is DoRA, whose deltas need the base's weights, and --base {question.base} is no folder.\n"
+            "Expected --base as a folder or URI with them. Of a name on the hub, give the folder it was downloaded to."
+        )
     adapter = read_adapter(source.location, source.name, allow_pickle=question.allow_pickle, base=weights)
     adapter.require_plain("cannot answer in a batch with others")
     return adapter
+
+
+def _is_dora(source: Source) -> bool:
+    """Whether an adapter's file says so; of a pickle, which has no header, the reader finds out."""
+    from raymerge.adapters.formats import read_header, weight_files
+
+    is_pickled = weight_files(source.location)[0].endswith(".bin")
+    return not is_pickled and read_header(source.location, source.name).settings.dora
 
 
 def _load(question: Question, adapters: Sequence[LoraAdapter]) -> BaseModel:
@@ -181,14 +197,27 @@ def _base_alone() -> Respondent:
 
 def _respondent(source: Source, adapter: LoraAdapter, question: Question) -> Respondent:
     """An adapter in its role: fused if it says so, its manifest does, or the question."""
-    from raymerge.adapters.formats import weight_files
+    from raymerge.adapters.formats import adapter_digest, weight_files
     from raymerge.evaluation.capabilities import Respondent
     from raymerge.manifest import read_manifest
 
     manifest = read_manifest(storage.parent(weight_files(source.location)[0])) or {}
-    contributors = tuple(sorted(expert["name"] for expert in manifest.get("experts", ())))
+    contributors = _contributors(manifest.get("experts"))
     is_fused = bool(contributors or adapter.errors) or source.written in question.fused
-    return Respondent(adapter.name, "fused" if is_fused else "expert", contributors)
+    kind: Kind = "fused" if is_fused else "expert"
+    return Respondent(adapter.name, kind, contributors, adapter_digest(source.location))
+
+
+def _contributors(experts: Any) -> tuple[Contributor, ...]:
+    """What a manifest says of the experts; nothing if raymerge did not write it, whose form may be any."""
+    from raymerge.evaluation.capabilities import Contributor
+
+    found = []
+    for expert in experts if isinstance(experts, list) else ():
+        name, digest = (expert.get("name"), expert.get("digest")) if isinstance(expert, dict) else (None, None)
+        if isinstance(name, str):
+            found.append(Contributor(name, digest if isinstance(digest, str) else None))
+    return tuple(sorted(found, key=lambda contributor: contributor.name))
 
 
 def _other_bases(question: Question, adapters: Sequence[LoraAdapter]) -> list[str]:
@@ -202,10 +231,23 @@ def _other_bases(question: Question, adapters: Sequence[LoraAdapter]) -> list[st
     ]
 
 
+def _absent(respondents: Sequence[Respondent]) -> list[str]:
+    """Experts that went into a merge and are not asked. What it keeps of them is not told."""
+    notes = []
+    for merge in respondents:
+        lost = [one.name for one in merge.contributors if not any(r.is_one(one) for r in respondents)]
+        if lost:
+            more = f" and {len(lost) - 6} more" if len(lost) > 6 else ""
+            plural = "which is" if len(lost) == 1 else "which are"
+            notes.append(f"{merge.name} was made of {', '.join(lost[:6])}{more}, {plural} not among the adapters here.")
+    return notes
+
+
 def _unstated(scores: Scores) -> list[str]:
     """Why nothing is said of what a merge keeps, if that is so."""
-    experts = [r.name for r in scores.respondents if r.kind == "expert"]
-    if not experts or not any(r.kind == "fused" for r in scores.respondents):
+    merges = [r for r in scores.respondents if r.kind == "fused"]
+    experts = list(dict.fromkeys(name for merge in merges for name in scores.experts_of(merge)))
+    if not experts:
         return []
     if not any(r.kind == "base" for r in scores.respondents):
         return ["What a merge keeps is measured from the base: leave out --no-base."]

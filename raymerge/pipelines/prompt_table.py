@@ -33,7 +33,9 @@ def answers_and_scores(found: Answers, width: int) -> RenderableType:
     for index in range(shown):
         parts += [*_one_prompt(found, index), Text()]
     if shown < len(found.prompts):
-        parts += [Text(f"and {len(found.prompts) - shown} more prompts: --json or --out has all", style="dim"), Text()]
+        more = len(found.prompts) - shown
+        text = f"and {more} more prompt{'s' * (more > 1)}: --json or --out has all"
+        parts += [Text(text, style="dim"), Text()]
     if found.scores is not None:
         for metric in found.scores.values:
             parts += [*_matrices(found.scores, metric, width), Text()]

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from raymerge.evaluation.capabilities import Respondent, Scores
+from raymerge.evaluation.capabilities import Contributor, Respondent, Scores
 
 BASE, ANN, BOB = Respondent("base", "base"), Respondent("ann", "expert"), Respondent("bob", "expert")
-MEAN = Respondent("mean", "fused", ("ann", "bob"))
+MEAN = Respondent("mean", "fused", (Contributor("ann"), Contributor("bob")))
 
 
 def scores(values, respondents=(BASE, ANN, MEAN), capabilities=("ann",) * 6, metric="chrf"):
@@ -57,11 +57,18 @@ def test_each_expert_is_judged_on_its_own_prompts():
 
 def test_an_expert_that_did_not_go_in_is_left_out():
     cat = Respondent("cat", "expert")
-    respondents = (BASE, ANN, cat, MEAN, Respondent("unknown", "fused", ("somebody",)))
-    found = scores(np.arange(15).reshape(5, 3), respondents, ("ann", "cat", "other")).kept()
+    elsewhere = Respondent("elsewhere", "fused", (Contributor("somebody"),))
+    respondents = (BASE, ANN, cat, MEAN, elsewhere, Respondent("unknown", "fused"))
+    found = scores(np.arange(18).reshape(6, 3), respondents, ("ann", "cat", "other")).kept()
     assert [(k.merge, k.expert) for k in found] == [("mean", "ann"), ("unknown", "ann"), ("unknown", "cat")]
-    without = scores(np.arange(15).reshape(5, 3), respondents, ("bob", "cat", "other")).kept()
-    assert [(k.merge, k.expert) for k in without] == [("unknown", "cat")]
+
+
+def test_content_tells_experts_apart_and_names_only_where_it_is_unknown():
+    known = Respondent("ann", "expert", digest="1")
+    assert known.is_one(Contributor("other", "1"))
+    assert known.is_one(Contributor("ann"))
+    assert not known.is_one(Contributor("ann", "2"))
+    assert not BASE.is_one(Contributor("base"))
 
 
 def test_without_the_base_nothing_is_kept():

@@ -3,7 +3,12 @@
 import io
 import json
 import math
+import os
+import subprocess
+import sys
+import tracemalloc
 from dataclasses import replace
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -14,14 +19,16 @@ from PIL import Image
 
 from raymerge.adapters import LoraAdapter, LoraModule, read_adapter, save_adapter
 from raymerge.adapters.formats import save_adapter as save_as
-from raymerge.errors import AdapterError, MergeError
+from raymerge.errors import AdapterError, MergeError, ModelError
 from raymerge.evaluation.similarity_map import brief
 from raymerge.merging.inputs import check_inputs
+from raymerge.merging.merge import merge
 from raymerge.merging.rank import parse_rank
 from raymerge.pipelines.inspect import inspect, inspection
 from raymerge.pipelines.inspect_adapter import Inspected
 from raymerge.pipelines.inspect_groups import group
 from raymerge.pipelines.inspect_places import find_adapters
+from raymerge.pipelines.inspect_similarity import Similarity
 
 PATHS = [f"model.layers.{layer}.self_attn.{name}" for layer in range(2) for name in ("q_proj", "v_proj")]
 
@@ -96,6 +103,44 @@ def test_an_argument_that_leads_nowhere_is_named(argument, said, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     with pytest.raises(AdapterError, match=f"^{argument.replace('*', '.')}: {said}"):
         inspect([argument])
+
+
+def test_one_adapter_is_one_on_whatever_way_it_is_reached(tmp_path, monkeypatch):
+    save(tmp_path, make("ann"))
+    save_as(make("m"), str(tmp_path / "m"), format="mlx")
+    (tmp_path / "link").symlink_to("ann")
+    monkeypatch.chdir(tmp_path)
+    assert list(find_adapters(["ann", f"file://{tmp_path}/ann", "link", "ann/adapter_model.safetensors"])) == ["ann"]
+    assert list(find_adapters(["m", "m/adapters.safetensors", "m/*.safetensors"])) == ["m"]
+
+
+def test_a_pattern_takes_no_model_s_weights_for_an_adapter(tmp_path):
+    save(tmp_path, make("a"))
+    for folder in ("base", "a"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        for name in ("model.safetensors", "model-00001-of-00002.safetensors"):
+            (tmp_path / folder / name).write_bytes(b"")
+    for start in (str(tmp_path), f"file://{tmp_path}"):
+        for pattern in ("**", "*", "**/*.safetensors", "*/*.safetensors"):
+            assert list(find_adapters([f"{start}/{pattern}"])) == ["a"]
+
+
+def test_a_name_that_is_no_text_is_listed_as_broken(tmp_path):
+    bank = save(tmp_path, make("good"))
+    odd = os.fsdecode(b"od\xff")
+    save(tmp_path, make("x"))
+    os.rename(tmp_path / "x", tmp_path / odd)
+    for options in ([], ["--json"], ["--similarity", "--out", str(tmp_path / "out")]):
+        code = "import sys; from raymerge.cli import main; main(sys.argv[1:])"
+        run = subprocess.run([sys.executable, "-c", code, "inspect", bank, *options], capture_output=True)
+        assert run.returncode == 1, run.stderr
+        assert b"od\\udcff: the path" in run.stdout.replace(b"\\\\", b"\\")
+        assert b"good" in run.stdout
+
+
+def test_a_base_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="nowhere: there is no base model"):
+        inspect([save(tmp_path, make("a"))], base="nowhere")
 
 
 # What adapters are
@@ -235,7 +280,7 @@ def test_a_bad_adapter_is_listed_with_its_reason_and_the_others_are_not_lost(how
     out = capsys.readouterr().out
     assert "Cannot be read (1)" in out
     assert said in " ".join(out.split())
-    assert "All 2 merge with each other." in out
+    assert "All 2 merge together." in out
     assert json.loads((tmp_path / "out" / "similarity.json").read_bytes())["names"] == ["good", "well"]
 
 
@@ -245,6 +290,28 @@ def test_an_unfinished_adapter_is_no_adapter_yet(tmp_path):
     save(tmp_path, make("a"))
     (tmp_path / "a" / NAME).write_text(json.dumps(UNFINISHED))
     assert "begun and not finished" in inspection([str(tmp_path)]).adapters[0].reason
+
+
+def test_what_only_similarities_find_bad_is_listed_too(tmp_path, capsys):
+    bank = save(tmp_path / "bank", make("good"), make("bad"), make("well", seed=1))
+    spoil(tmp_path / "bank" / "bad", "NaN")
+    assert inspect([bank], similarity=True, norm=False, as_json=True) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert [one["name"] for one in found["adapters"] if "error" in one] == ["bad"]
+    assert found["similarity"]["names"] == ["good", "well"]
+    assert [group["adapters"] for group in found["groups"]] == [["good", "well"]]
+
+
+def test_json_writes_no_file_unless_it_is_told_where(tmp_path, monkeypatch, capsys):
+    bank = save(tmp_path / "bank", make("a"), make("b", seed=1))
+    monkeypatch.chdir(tmp_path)
+    assert inspect([bank], similarity=True, as_json=True) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["bank"]
+    assert inspect([bank], similarity=True, as_json=True, out="told") == 0
+    capsys.readouterr()
+    assert inspect([bank], similarity=True) == 0
+    assert "1 pair: " in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"bank", "told", "inspect"}
 
 
 def test_headers_alone_read_no_weight(tmp_path):
@@ -273,6 +340,15 @@ def test_shapes_and_strangers_make_groups_and_say_why(tmp_path, capsys):
     assert "group 3 (1): far shares no module with groups 1, 2" in out
 
 
+def test_pairs_of_a_group_that_share_nothing_alone_are_named(tmp_path, capsys):
+    a, b, c = make("a", paths=["k0", "o0"]), make("b", paths=["k0", "k1"]), make("c", paths=["k1"])
+    bank = save(tmp_path, a, b, c)
+    (one,) = inspection([bank]).groups
+    assert (one.names, one.strangers) == (("a", "b", "c"), ((("a",), ("c",)),))
+    assert inspect([bank]) == 0
+    assert "All 3 merge together. a | c: share no module" in " ".join(capsys.readouterr().out.split())
+
+
 def test_different_base_names_are_a_warning(tmp_path):
     other = [replace(make(f"b{i}"), base_model="/home/somebody/tiny") for i in range(2)]
     (warning,) = inspection([save(tmp_path, make("a"), *other)]).warnings
@@ -292,7 +368,15 @@ def test_groups_are_what_a_merge_accepts(several):
         check_inputs([adapters[name] for name in names], [1.0] * len(names), None, parse_rank("keep"))
 
     for number, one in enumerate(groups):
-        check(*one.names)
+        if len(one.names) > 1:
+            merge([adapters[name] for name in one.names], [1.0] * len(one.names))
+        strangers = {frozenset(pair) for some, others in one.strangers for pair in product(some, others)}
+        for pair in combinations(one.names, 2):
+            if frozenset(pair) in strangers:
+                with pytest.raises(MergeError, match="share no module"):
+                    merge([adapters[name] for name in pair], [1.0, 1.0])
+            else:
+                merge([adapters[name] for name in pair], [1.0, 1.0])
         for other, why in zip(groups[:number], one.apart, strict=True):
             if why:
                 with pytest.raises(MergeError, match="has shape"):
@@ -352,6 +436,32 @@ def test_many_adapters_stand_by_families_and_the_nearest_are_named(tmp_path, cap
     assert "nearest:" in shown
 
 
+@given(st.integers(0, 7), st.integers(0, 9), st.integers(0, 2**32 - 1))
+def test_the_nearest_pairs_are_those_of_all_pairs_sorted(size, count, seed):
+    cosines = np.random.default_rng(seed).choice([np.nan, -0.5, 0.25, 1, *np.linspace(0, 1, 9)], (size, size))
+    cosines = np.triu(cosines) + np.triu(cosines, 1).T
+    names = tuple(f"a{i}" for i in reversed(range(size)))
+    pairs = [(cosines[i, j], *sorted((names[i], names[j]))) for i, j in combinations(range(size), 2)]
+    known = sorted((pair for pair in pairs if not math.isnan(pair[0])), key=lambda pair: (-pair[0], *pair[1:]))
+    similarity = Similarity(names, cosines)
+    assert sorted(similarity.values()) == sorted(pair[0] for pair in known)
+    nearest = similarity.nearest(count)
+    assert [pair[0] for pair in nearest] == [pair[0] for pair in known[:count]]
+    assert set(nearest) <= set(known)
+    assert similarity.nearest(100) == known
+
+
+def test_the_nearest_of_thousands_take_little_memory():
+    size = 1000
+    similarity = Similarity(tuple(map(str, range(size))), np.random.default_rng(0).random((size, size)))
+    tracemalloc.start()
+    assert len(similarity.nearest(8)) == 8
+    assert len(similarity.values()) == size * (size - 1) // 2
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40 * size**2  # bytes; a list of pairs takes 130
+
+
 @pytest.mark.parametrize(("value", "text"), [(1, "1"), (0.999, "1"), (-1, "−1"), (0.934, ".93"), (-0.031, "−.03"),
                                              (0.0, ".00"), (-0.001, ".00")])  # fmt: skip
 def test_cosines_are_brief(value, text):
@@ -377,6 +487,6 @@ def test_real_adapters_of_both_formats(test_data):
     assert all(adapter.error is None for adapter in found.adapters)
     early, late, final = "0000100_adapters", "0000200_adapters", "mlx-qwen2.5-0.5b-r8"
     assert (early, late, final) in [g.names for g in found.groups]
-    cosines = {frozenset(pair[1:]): pair[0] for pair in found.similarity.pairs()}
+    cosines = {frozenset(pair[1:]): pair[0] for pair in found.similarity.nearest(10**6)}
     assert cosines[frozenset((late, final))] == pytest.approx(1)
     assert 0.91 < cosines[frozenset((early, late))] < 0.995

@@ -1,8 +1,10 @@
-"""`raymerge prompt` on a real small Llama: one batch says what each adapter says alone, and scores say how well."""
+"""`raymerge prompt`: one batch says what each adapter says alone, and scores say how well."""
 
 import io
 import json
+import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,10 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from raymerge import load_adapter, merge, save_adapter
-from raymerge.adapters import LoraAdapter
+from raymerge.adapters import LoraAdapter, LoraModule
 from raymerge.cli import main
 from raymerge.errors import AdapterError, EvaluationError, ModelError, PersonaError, RaymergeError
 from raymerge.models.base import load_base
@@ -74,6 +77,42 @@ def here(world, monkeypatch) -> Path:
     return world
 
 
+def expert(name: str, seed: int) -> LoraAdapter:
+    random = torch.Generator().manual_seed(seed)
+    paths = {f"model.layers.{i}.self_attn.{m}": n for i in range(2) for m, n in (("q_proj", 32), ("v_proj", 16))}
+    modules = {
+        path: LoraModule(torch.randn(4, 32, generator=random), torch.randn(rows, 4, generator=random), 0.5)
+        for path, rows in paths.items()
+    }
+    return LoraAdapter(name, modules, base_model="tiny_llama", task_type="CAUSAL_LM")
+
+
+@pytest.fixture
+def bank(tmp_path, monkeypatch) -> Path:
+    """Experts e1 to e3 of the tiny base, and prompts of each with references, as the working directory."""
+    torch.set_num_threads(1)
+    for number in (1, 2, 3):
+        save_adapter(expert(f"e{number}", number), str(tmp_path / f"e{number}"))
+    rows = [
+        {"prompt": " ".join(f"w{i * k % 50}" for k in range(i + 1)), "response": f"w{i} w{9 + i}.", "capability": name}
+        for name in ("e1", "e2", "e3")
+        for i in range(1, 4)
+    ]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def fuse(*arguments: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["fuse", *arguments])
+    assert not end.value.code
+
+
+def scored(base: Path, *adapters: str) -> Question:
+    return Question(str(base), adapters, file="prompts.jsonl", max_new_tokens=4, similarity_model="none")
+
+
 def status(*arguments: str) -> int:
     with pytest.raises(SystemExit) as end:
         main(["prompt", *arguments])
@@ -93,6 +132,100 @@ def peft_answers(llama: str, adapter: str | None) -> list[str]:
         )  # fmt: skip
         answers.append(str(base.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip())
     return answers
+
+
+# With a tiny base: no real data is needed
+
+
+def test_one_batch_answers_and_scores_as_one_at_a_time(bank, tiny_llama):
+    together = ask(replace(scored(tiny_llama, "e1", "e2", "e3"), batch_size=64))
+    assert len({tuple(texts) for texts in together.answers.values()}) == 4
+    base = load_base(str(tiny_llama))
+    for row, name in enumerate(together.answers):
+        lora = MultiLora(base.model)
+        lora.load([load_adapter(name)] if name != "base" else [])
+        index = None if name == "base" else [0]
+        for column, asked in enumerate(together.prompts):
+            answer = generate(base, lora if index else None, [asked.text], index, GenerationSettings(4))
+            assert [together.answers[name][column]] == answer
+            nll = score_references(base, lora if index else None, [asked.text], [asked.reference], index)
+            assert together.scores.values["nll"][row, column] == pytest.approx(nll[0], rel=1e-4)
+        lora.detach()
+
+
+def test_json_is_what_was_asked_answered_and_kept(bank, tiny_llama, capsys):
+    fuse("e1", "e2", "--out", "m")
+    capsys.readouterr()
+    asked = ["e1", "m", "--base", str(tiny_llama), "--prompts", "prompts.jsonl", "--max-new-tokens", "4"]
+    assert status(*asked, "--similarity-model", "none", "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(json.dumps(ask(scored(tiny_llama, "e1", "m")).to_json()))
+    assert printed["respondents"][2]["contributors"][0]["name"] == "e1"
+    (one,) = [kept for kept in printed["kept"] if kept["metric"] == "nll"]
+    means = printed["scores"]["nll"]
+    assert (one["base"], one["before"], one["after"]) == tuple(means[who]["e1"] for who in ("base", "e1", "m"))
+
+
+def test_what_went_in_is_known_by_its_content_under_any_name(bank, tiny_llama):
+    fuse("e1", "other=e2", "--out", "m")
+    found = ask(scored(tiny_llama, "e1", "e2", "e3", "m"))
+    assert {one.expert for one in found.kept} == {"e1", "e2"}
+    assert not any("was made of" in note for note in found.notes)
+    (bank / "copy").symlink_to("e3")
+    renamed = ask(scored(tiny_llama, "other=copy", "m"))  # its name went in, its content did not
+    assert not renamed.kept
+
+
+def test_nothing_is_kept_of_an_expert_that_did_not_go_in(bank, tiny_llama):
+    fuse("e1", "e2", "--out", "m")
+    found = ask(scored(tiny_llama, "e3", "m"))
+    assert found.kept == ()
+    assert "m was made of e1, e2, which are not among the adapters here." in found.notes
+    (bank / "m/manifest.json").unlink()  # nobody knows what went in
+    assert {one.expert for one in ask(scored(tiny_llama, "e3", "m")).kept} == {"e3"}
+
+
+def test_an_unfinished_adapter_does_not_answer(bank, tiny_llama, capsys):
+    (bank / "e2/manifest.json").write_text(json.dumps({"unfinished": True}))
+    assert status("e1", "e2", "--base", str(tiny_llama), "--prompt", "w1") == 2
+    assert capsys.readouterr().err.startswith("raymerge: e2: was begun and not finished.")
+
+
+@pytest.mark.parametrize("experts", [["a"], "a", {"a": 1}, [{"weight": 1}], [{"name": 3}], None])
+def test_a_foreign_manifest_says_nothing(bank, tiny_llama, experts):
+    (bank / "e1/manifest.json").write_text(json.dumps({"files": {}, "experts": experts}))
+    respondent = ask(Question(str(tiny_llama), ["e1"], prompts=["w1"], max_new_tokens=1)).respondents[1]
+    assert (respondent.kind, respondent.contributors) == ("expert", ())
+
+
+def test_a_manifest_without_digests_is_matched_by_names(bank, tiny_llama):
+    (bank / "e2/manifest.json").write_text(json.dumps({"files": {}, "experts": [{"name": "e1"}, {"name": "gone"}]}))
+    found = ask(scored(tiny_llama, "e1", "e3", "e2"))
+    assert {one.expert for one in found.kept} == {"e1"}
+    assert "e2 was made of gone, which is not among the adapters here." in found.notes
+
+
+def test_dora_needs_a_base_that_is_a_folder(bank, tiny_llama):
+    configuration = bank / "e1/adapter_config.json"
+    configuration.write_text(json.dumps(json.loads(configuration.read_text()) | {"use_dora": True}))
+    file = bank / "e1/adapter_model.safetensors"
+    tensors = load_file(file)
+    magnitudes = {
+        key.replace("lora_B.weight", "lora_magnitude_vector"): torch.ones(len(value))
+        for key, value in tensors.items()
+        if "lora_B" in key
+    }
+    save_file({**tensors, **magnitudes}, file)
+    with pytest.raises(AdapterError, match=r"^e1: is DoRA.*--base somebody/model is no folder"):
+        ask(Question("somebody/model", ["e1"], prompts=["w1"]))
+    assert ask(Question(str(tiny_llama), ["e1"], prompts=["w1"], max_new_tokens=1)).answers["e1"]
+
+
+def test_a_path_that_is_no_text_is_refused(bank, tiny_llama):
+    odd = os.fsdecode(b"od\xff")
+    os.rename("e3", odd)
+    with pytest.raises(AdapterError, match=r"^od\\udcff: the path of this adapter is not text in UTF-8"):
+        ask(Question(str(tiny_llama), [odd], prompts=["w1"]))
 
 
 # Who answers
@@ -130,7 +263,7 @@ def test_fused_adapters_stand_last_and_are_known_by_their_files(here, llama):
     with pytest.raises(SystemExit):
         main(["fuse", "ann", "bob", "--out", "fused"])
     found = ask(Question(llama, ["sum", "fused", "other=x", "ann"], ["y"], TEXTS[:1], max_new_tokens=1))
-    assert [(r.name, r.kind, r.contributors) for r in found.respondents] == [
+    assert [(r.name, r.kind, tuple(c.name for c in r.contributors)) for r in found.respondents] == [
         ("base", "base", ()),
         ("other", "expert", ()),
         ("ann", "expert", ()),
@@ -200,19 +333,6 @@ def test_prompts_without_a_reference_are_answered_and_not_scored(here, llama, tm
     assert [set(one["answers"]) for one in value["prompts"]] == [{"base", "ann"}] * 3
 
 
-def test_why_nothing_is_kept_is_said(here, llama, tmp_path):
-    (tmp_path / "p.jsonl").write_text(
-        json.dumps({"prompt": "Tim", "response": "saw.", "persona": "zoe", "split": "test"})
-    )
-    question = {"file": str(tmp_path / "p.jsonl"), "max_new_tokens": 1, "similarity_model": "none"}
-    named = ask(Question(llama, ["ann", "mean"], **question))
-    assert named.kept == ()
-    assert any("`capability` names it: ann" in note for note in named.notes)
-    bare = ask(Question(llama, ["ann", "mean"], with_base=False, **question))
-    assert bare.kept == ()
-    assert any("--no-base" in note for note in bare.notes)
-
-
 # The terminal
 
 
@@ -277,10 +397,11 @@ def test_progress_goes_to_a_terminal_only(here, llama, capsys, monkeypatch):
         ({"prompts": ["a"], "base": "/no/such"}, ModelError, "/no/such: there is no such folder."),
     ],
 )
-def test_what_cannot_be_asked_is_refused(here, llama, options, error, first_line):
+def test_what_cannot_be_asked_is_refused(bank, tiny_llama, options, error, first_line):
+    (bank / "ann").symlink_to("e1")
     with pytest.raises(error) as raised:
-        ask(Question(**{"base": llama, "adapters": ["ann"], **options}))
-    assert str(raised.value).splitlines()[0] == first_line.format(here=here)
+        ask(Question(**{"base": str(tiny_llama), "adapters": ["ann"], **options}))
+    assert str(raised.value).splitlines()[0] == first_line.format(here=bank)
 
 
 def test_an_adapter_of_another_base_is_refused_with_both_names(here, llama, test_data, capsys):
@@ -303,7 +424,7 @@ def test_an_adapter_that_holds_more_than_deltas_is_refused(here, llama):
         ask(Question(llama, ["head"], prompts=["a"]))
 
 
-def test_out_is_refused_before_anything_is_asked(here, capsys):
+def test_out_is_refused_before_anything_is_asked(bank, capsys):
     for out in ("answers.txt", "prompts.jsonl", "."):
         assert status("ann", "--base", "/no/such", "--prompt", "a", "--out", out) == 2
         assert capsys.readouterr().err.startswith(f"raymerge: --out {out}: is no JSON file.")

@@ -7,6 +7,7 @@ recorded; anything else is made again.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,15 +15,18 @@ from raymerge import storage
 from raymerge.errors import StorageError
 
 NAME = "manifest.json"
-UNFINISHED = {"unfinished": True}
+UNFINISHED: dict[str, Any] = {"unfinished": True}
 
 
-def write_artefact(folder: str, files: Mapping[str, bytes], manifest: Mapping[str, Any], key: str) -> None:
+def write_artefact(
+    folder: str, files: Mapping[str, bytes], manifest: Mapping[str, Any], key: str, kind: str | None = None
+) -> None:
     """Write an artefact's files and then its marker; until then the marker says that the artefact is unfinished.
 
-    So a folder without any marker was not made by raymerge, and one that was interrupted is never taken for one.
+    So a folder without any marker was not made by raymerge, and one that was interrupted is never taken for one. kind:
+    of what is unfinished, for those who may only replace their own.
     """
-    storage.write_json(storage.join(folder, NAME), UNFINISHED)
+    storage.write_json(storage.join(folder, NAME), _unfinished(kind))
     listed = {}
     for name in sorted(files):
         storage.write_bytes(storage.join(folder, name), files[name])
@@ -47,16 +51,29 @@ def is_complete(folder: str, key: str) -> bool:
     return all(_has_size(storage.join(folder, name), entry["bytes"]) for name, entry in manifest["files"].items())
 
 
-def invalidate(folder: str) -> None:
+def invalidate(folder: str, kind: str | None = None) -> None:
     """Say that an artefact, if it is there, is no longer what is wanted: whoever makes it anew may fail."""
     if storage.exists(storage.join(folder, NAME)):
-        storage.write_json(storage.join(folder, NAME), UNFINISHED)
+        storage.write_json(storage.join(folder, NAME), _unfinished(kind))
 
 
-def is_unfinished(folder: str) -> bool:
-    """Whether an artefact was begun or invalidated and never finished. A folder without a marker is not."""
+def is_unfinished(folder: str, kind: str | None = None) -> bool:
+    """Whether an artefact, of that kind where one is given, was begun or invalidated and never finished. A folder
+    without a marker is not, nor is one whose `manifest.json` is somebody else's."""
     location = storage.join(folder, NAME)
-    return storage.exists(location) and storage.read_json(location) == UNFINISHED
+    if not storage.exists(location):
+        return False
+    try:
+        marker = json.loads(storage.read_bytes(location))
+    except ValueError:
+        return False
+    if not isinstance(marker, dict) or {**marker, "kind": None} != {**UNFINISHED, "kind": None}:
+        return False
+    return kind is None or marker.get("kind") == kind
+
+
+def _unfinished(kind: str | None) -> dict[str, Any]:
+    return UNFINISHED if kind is None else {**UNFINISHED, "kind": kind}
 
 
 def _has_size(location: str, size: int) -> bool:

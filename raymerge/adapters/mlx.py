@@ -198,7 +198,7 @@ def encode_adapter(adapter: LoraAdapter) -> dict[str, bytes]:
     """
     if not adapter.headers:
         raise AdapterError(f"{adapter.name}: has no modules, so there is nothing to write.")
-    _check_expressible(adapter)
+    check_expressible(adapter)
     ranks = {path: header.rank for path, header in adapter.headers.items()}
     rank = max(ranks.values())
     scale = _commonest([header.scaling for header in adapter.headers.values()])
@@ -218,7 +218,7 @@ def encode_adapter(adapter: LoraAdapter) -> dict[str, bytes]:
     return {CONFIG: storage.encode_json(config), WEIGHTS[0]: encode_tensors(tensors, metadata)}
 
 
-def _check_expressible(adapter: LoraAdapter) -> None:
+def check_expressible(adapter: LoraAdapter) -> None:
     """Raise UnsupportedAdapterError, by name, for what mlx-lm would compute otherwise or not load."""
     headers = adapter.headers
     reasons = {

@@ -215,7 +215,7 @@ def _scale(text: str) -> Any:
 def _sweep(request: Request, plain: Fusion, methods: Mapping[str, Method]) -> list[Fusion]:
     """The fusions of a sweep. Parameters given beside it hold for every method that has them."""
     fusions: list[Fusion] = []
-    for item in (request.sweep or "").split(","):
+    for item in _split(request.sweep or "", ","):
         fusion = _item(item.strip(), plain, methods, _within(request.dialect))
         if any(fusion.folder == other.folder for other in fusions):
             raise MergeError(f"--sweep {request.sweep}: {item} is there twice.")
@@ -226,10 +226,22 @@ def _sweep(request: Request, plain: Fusion, methods: Mapping[str, Method]) -> li
     return fusions
 
 
+def _split(text: str, separator: str) -> list[str]:
+    """The parts between separators that stand in no bracket: a list or a mapping is one part."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "[{") - (character in "]}")
+        if character == separator and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
 def _item(item: str, plain: Fusion, methods: Mapping[str, Method], within: str) -> Fusion:
     """`70/30`, `METHOD`, `METHOD:VALUE` of its main parameter, `METHOD:NAME=VALUE`, and shares behind any of them."""
     where = f"--sweep {item}"
-    parts = item.split(":")
+    parts = _split(item, ":")
     method = plain.method if _SHARES.fullmatch(parts[0]) else named(parts.pop(0), methods, within)
     given = {key: value for key, value in plain.parameters.items() if key in method.parameters.model_fields}
     fusion = replace(plain, method=method)
@@ -246,7 +258,7 @@ def _item(item: str, plain: Fusion, methods: Mapping[str, Method], within: str) 
             key, value = main, part
         given[key] = value_of(where, value)
     method.resolve(given)
-    label = re.sub(r"[/:=]", "-", item)
+    label = re.sub(r"[/:=,]", "-", re.sub(r"""[][{}"'*\s]""", "", item))
     return replace(fusion, name=label, folder=storage.join(plain.folder, label), parameters=given)
 
 

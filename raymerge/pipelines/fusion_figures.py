@@ -14,7 +14,9 @@ from raymerge.merging.settings import Setting
 if TYPE_CHECKING:
     from raymerge.adapters import LoraAdapter
 
+SCHEMA = 2  # of the manifest: one of another number is another fuse
 MOST_SIMILARITIES = 64  # inputs above which not all pairs are compared
+_ROW = 8  # inputs compared with a result at once, where they are not compared with each other
 _LOST = 0.2  # relative error that is worth a warning
 _SHRUNK = 0.75  # norm, against the inputs' weighted mean, that is worth one
 
@@ -51,7 +53,8 @@ class Fused:
     """A fused adapter as its manifest and its report tell of it.
 
     experts: in the order of their names. merges: method, method_parameters (with defaults), dialect, scale, rank,
-    anchor (as written), dtype, format. anchor: its digest. similarities: cosines of the inputs, or None where they
+    anchor (as written), dtype, format. anchor: its digest. base: of the base's files, or None where nothing depends on
+    them. similarities: cosines of the inputs, or None where they
     are too many. command: makes it again.
     """
 
@@ -59,6 +62,7 @@ class Fused:
     experts: tuple[Contributor, ...]
     merges: Mapping[str, Any]
     anchor: str | None
+    base: str | None
     figures: Figures
     errors: Mapping[str, float]
     ranks: Mapping[str, int]
@@ -69,7 +73,7 @@ class Fused:
 
     def to_json(self) -> dict[str, Any]:
         """As the manifest holds it."""
-        return {**asdict(self), "error": self.figures.error}
+        return {**asdict(self), "schema": SCHEMA, "error": self.figures.error}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Fused:
@@ -81,48 +85,48 @@ class Fused:
 
 
 @dataclass(frozen=True)
-class Products:
-    """Inner products of the inputs' deltas, measured from the anchor. squares: of each with itself. with_anchor: of
-    each with the anchor, measured from the base; anchor: of the anchor with itself. cosines: of all pairs, or None."""
+class Measured:
+    """Deltas in numbers, all measured from the anchor. squares: of each input with itself. similarities: cosines of all
+    pairs of inputs, or None where they are too many. norm: of the result. cosines: of each input with the result."""
 
     squares: tuple[float, ...]
-    with_anchor: tuple[float, ...]
-    anchor: float
-    cosines: list[list[float | None]] | None
+    similarities: list[list[float | None]] | None
+    norm: float
+    cosines: tuple[float | None, ...]
 
 
-def measure(experts: Sequence[LoraAdapter], anchor: LoraAdapter | None) -> Products:
-    """Inner products of adapters: of all pairs, or of each with itself where they are more than 64."""
+def measure(
+    experts: Sequence[LoraAdapter], merged: LoraAdapter, anchor: LoraAdapter | None, known: Measured | None = None
+) -> Measured:
+    """Measure a result and its inputs. known: what was measured with the same inputs and another result, so that the
+    inputs need not be compared with each other again."""
+    together = known is None and len(experts) <= MOST_SIMILARITIES
+    step = max(len(experts), 1) if together else _ROW
+    similarities = None if known is None else known.similarities
+    squares: list[float] = []
+    cosines: list[float | None] = []
+    norm = 0.0
+    for start in range(0, len(experts), step):
+        table = _inner_products([*experts[start : start + step], merged], anchor)
+        own = [table[i][i] for i in range(len(table))]
+        found = [[_cosine(one, own[i], own[j]) for j, one in enumerate(row)] for i, row in enumerate(table)]
+        squares += own[:-1]
+        cosines += [row[-1] for row in found[:-1]]
+        norm = math.sqrt(max(own[-1], 0.0))
+        if together:
+            similarities = [row[:-1] for row in found[:-1]]
+    return Measured(tuple(squares), similarities, norm, tuple(cosines))
+
+
+def _inner_products(adapters: Sequence[LoraAdapter], anchor: LoraAdapter | None) -> list[list[float]]:
+    """Of deltas from the anchor. These are small beside the adapters themselves, so with an anchor it takes float64."""
     from raymerge.merging.gram import gram
 
-    count = len(experts)
-    if count > MOST_SIMILARITIES:
-        back = [0.0 if anchor is None else _inner(expert, anchor) for expert in experts]
-        square = 0.0 if anchor is None else float(gram([anchor])[0, 0])
-        own = [float(gram([e])[0, 0]) - 2 * b + square for e, b in zip(experts, back, strict=True)]
-        return Products(tuple(own), tuple(back), square, None)
-    whole = gram([*experts, *([anchor] if anchor is not None else [])])
-    back = whole[:count, count].tolist() if anchor is not None else [0.0] * count
-    square = float(whole[count, count]) if anchor is not None else 0.0
-    table = [[float(whole[i, j]) - back[i] - back[j] + square for j in range(count)] for i in range(count)]
-    own = [table[i][i] for i in range(count)]
-    cosines = [[_cosine(table[i][j], own[i], own[j]) for j in range(count)] for i in range(count)]
-    return Products(tuple(own), tuple(back), square, cosines)
-
-
-def compare(
-    experts: Sequence[LoraAdapter], products: Products, merged: LoraAdapter, anchor: LoraAdapter | None
-) -> tuple[float, list[float | None]]:
-    """The result's norm, and its cosine with each input."""
-    from raymerge.merging.gram import gram
-
-    square = float(gram([merged])[0, 0])
-    back = 0.0 if anchor is None else _inner(merged, anchor)
-    norm = square - 2 * back + products.anchor
-    cosines = []
-    for expert, own, with_anchor in zip(experts, products.squares, products.with_anchor, strict=True):
-        cosines.append(_cosine(_inner(expert, merged) - with_anchor - back + products.anchor, own, norm))
-    return math.sqrt(max(norm, 0.0)), cosines
+    if anchor is None:
+        return gram(adapters, "float32").tolist()
+    whole = gram([*adapters, anchor])
+    back = whole[:-1, -1]
+    return (whole[:-1, :-1] - back[:, None] - back + whole[-1, -1]).tolist()
 
 
 def norm_ratio(norm: float, weights: Sequence[Setting], squares: Sequence[float]) -> float | None:
@@ -172,12 +176,6 @@ def remarks(
     if starts and starts[0] is not None and len(set(starts)) == 1:
         found.append(f"All were trained from {starts[0]}: --anchor with its location merges what they learnt since.")
     return found
-
-
-def _inner(adapter: LoraAdapter, other: LoraAdapter) -> float:
-    from raymerge.merging.gram import gram
-
-    return float(gram([adapter, other])[0, 1])
 
 
 def _cosine(product: float, square: float, other: float) -> float | None:

@@ -67,7 +67,7 @@ def _row(fused: Fused) -> list[str]:
         weights_in_words(fused.experts),
         f"{figures.norm:.4g}",
         number(figures.ratio, 2),
-        f"{figures.error:.3f}",
+        error_in_words(figures.error),
         span_in_words(figures.rank),
         size(figures.size),
         *(number(expert.cosine, 3) for expert in fused.experts[:_MOST_COLUMNS]),
@@ -118,6 +118,11 @@ def weights_in_words(experts: Sequence[Contributor]) -> str:
 def span_in_words(rank: Sequence[int]) -> str:
     """`8`, or `4 to 16` where modules differ."""
     return f"{rank[0]}" if rank[0] == rank[1] else f"{rank[0]}–{rank[1]}"
+
+
+def error_in_words(error: float, digits: int = 3) -> str:
+    """`0.125`, with that many decimals; `0.00042`, with two digits, where these would say less; `0` for none at all."""
+    return f"{error:.{digits}f}" if error >= 10.0 ** (1 - digits) else f"{error:.2g}"
 
 
 def joined(names: Sequence[str]) -> str:
@@ -193,7 +198,7 @@ def _result(fused: Fused) -> str:
         ["norm", f"{figures.norm:.4g}"],
         ["norm ratio", f"{number(figures.ratio, 3)} of the weighted sum of the inputs' norms"],
         ["rank", f"{span_in_words(figures.rank)} (asked for: {_written_rank(merges['rank'])})"],
-        ["relative error", f"{figures.error:.4f}, rank and rounding together"],
+        ["relative error", f"{error_in_words(figures.error, 4)}, rank and rounding together"],
         ["modules", str(len(fused.ranks))],
         ["size", f"{size(figures.size)}, {merges['dtype']}, {merges['format'].upper()} files"],
     ]
@@ -208,7 +213,7 @@ def _errors(fused: Fused) -> list[str]:
     if fused.figures.error == 0:
         return []
     worst = sorted(fused.errors.items(), key=lambda entry: (-entry[1], entry[0]))[:_WORST]
-    rows = [[path, str(fused.ranks.get(path, UNKNOWN)), f"{error:.4f}"] for path, error in worst]
+    rows = [[path, str(fused.ranks.get(path, UNKNOWN)), error_in_words(error, 4)] for path, error in worst]
     return ["The modules that lost most:", _table(["module", "rank", "relative error"], rows)]
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from raymerge.evaluation.wording import UNKNOWN, number, printable, size
 from raymerge.pipelines.fusion_figures import Fused
-from raymerge.pipelines.fusion_report import headline, joined, pairs, span_in_words, weight_in_words
+from raymerge.pipelines.fusion_report import error_in_words, headline, joined, pairs, span_in_words, weight_in_words
 
 _ROWS = 24  # inputs shown
+_WIDTH = 7  # of a name above a column
 _COSINES = 3  # inputs up to which a sweep shows every cosine
 
 
@@ -31,7 +33,7 @@ def one(fused: Fused) -> RenderableType:
         table.add_row(Text(f"and {len(fused.experts) - _ROWS} more", style="dim"))
     result = ["result", *([""] if len(bases) > 1 else []), span_in_words(figures.rank), f"{figures.norm:.4g}"]
     table.add_row(*(Text(cell, style="bold") for cell in result))
-    facts = [f"Relative error {figures.error:.3f}", size(figures.size)]
+    facts = [f"Relative error {error_in_words(figures.error)}", size(figures.size)]
     if figures.ratio is not None:
         facts.insert(1, f"norm {figures.ratio:.2f} of the inputs' weighted norms")
     named = [Text(f"base model {printable(base)}", style="dim") for base in bases if base and len(bases) == 1]
@@ -50,9 +52,9 @@ def sweep(found: Sequence[Fused]) -> RenderableType:
     """What `raymerge fuse --sweep` prints: one line for each result."""
     experts = found[0].experts
     every = len(experts) <= _COSINES
-    cosines = [_short(e.name) for e in experts] if every else ["least"]
+    cosines = _columns([e.name for e in experts]) if every else ["least"]
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
-    table.add_column("\nfuse", no_wrap=True, overflow="ellipsis", max_width=18)
+    table.add_column("\nfuse", no_wrap=True, overflow="ellipsis", max_width=16)
     for header in ("\nnorm", "\nratio", "\nerror", "\nrank", "\nsize", *(f"cosine\n{name}" for name in cosines)):
         table.add_column(header, justify="right", no_wrap=True)
     for fused in found:
@@ -61,10 +63,13 @@ def sweep(found: Sequence[Fused]) -> RenderableType:
         known = [cosine for cosine in there if cosine is not None]
         shown = [number(cosine, 3) for cosine in there] if every else [number(min(known, default=None), 3)]
         table.add_row(
-            _name(fused.name), f"{figures.norm:.3g}", number(figures.ratio, 2), f"{figures.error:.3f}",
+            _name(fused.name), f"{figures.norm:.3g}", number(figures.ratio, 2), error_in_words(figures.error),
             span_in_words(figures.rank), size(figures.size), *shown,
         )  # fmt: skip
     legend = "ratio: norm over the inputs' weighted norms; error: what rank and rounding lose"
+    if "#1" in cosines:
+        numbered = ", ".join(f"#{i} {printable(expert.name)}" for i, expert in enumerate(experts, 1))
+        legend += f"\n{numbered}"
     parts: list[RenderableType] = [table, Text(legend, style="dim"), Text()]
     warned = [fused.name for fused in found if fused.warnings]
     if warned:
@@ -83,10 +88,27 @@ def _table(headers: Sequence[str]) -> Table:
     return table
 
 
-def _short(name: str) -> str:
-    text = _name(name)
-    text.truncate(7, overflow="ellipsis")
+def _columns(names: Sequence[str]) -> list[str]:
+    """Names of at most seven columns that tell inputs apart: their beginnings, else their ends, else numbers."""
+    for side in (_beginning, _end):
+        found = [side(printable(name)) for name in names]
+        if len(set(found)) == len(names):
+            return found
+    return [f"#{i}" for i in range(1, len(names) + 1)]
+
+
+def _beginning(name: str) -> str:
+    text = Text(name)
+    text.truncate(_WIDTH, overflow="ellipsis")
     return text.plain
+
+
+def _end(name: str) -> str:
+    if cell_len(name) <= _WIDTH:
+        return name
+    while cell_len(name) >= _WIDTH:
+        name = name[1:]
+    return f"…{name}"
 
 
 def _between(fused: Fused) -> list[RenderableType]:

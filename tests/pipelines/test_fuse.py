@@ -266,7 +266,7 @@ def test_what_others_wrote_is_never_touched(here, capsys, more, sweep):
 def test_an_interrupted_fuse_is_finished(here):
     assert fuse("p0", "p1", "--out", "whole") == 0
     (here / "out").mkdir()
-    (here / "out/manifest.json").write_text('{"unfinished": true}')
+    (here / "out/manifest.json").write_text('{"unfinished": true, "kind": "fuse"}')
     (here / "out/adapters.safetensors").write_bytes(b"of the format that was asked for then")
     assert fuse("p0", "p1", "--out", "out") == 0
     assert written(here / "out") == written(here / "whole")
@@ -277,7 +277,7 @@ def test_an_interrupted_fuse_is_finished(here):
 
 def test_a_sweep_is_its_fuses_side_by_side(here, capsys, monkeypatch):
     read = []
-    from raymerge.pipelines import fuse as pipeline
+    from raymerge.pipelines import fuse_inputs as pipeline
 
     whole = pipeline.read_adapter
     monkeypatch.setattr(pipeline, "read_adapter", lambda *a, **k: read.append(a[1]) or whole(*a, **k))
@@ -309,7 +309,7 @@ def test_a_sweep_may_be_extended_and_goes_on(here, capsys):
     before = files(here / "out/50-50")
     for name in ("manifest.json", "sweep.json", "sweep_report.md"):
         (here / "out" / name).unlink()  # as if it had been interrupted
-    (here / "out/ties-0.2/manifest.json").write_text('{"unfinished": true}')
+    (here / "out/ties-0.2/manifest.json").write_text('{"unfinished": true, "kind": "fuse"}')
     capsys.readouterr()
     assert fuse("p0", "p1", "--out", "out", "--sweep", "50/50,ties:0.2,ties", "--density", "0.3") == 0
     assert "3 adapters below out, 1 of them there already" in capsys.readouterr().out

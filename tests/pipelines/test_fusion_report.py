@@ -24,6 +24,7 @@ def fused(names: list[str], **changes) -> Fused:
         experts=tuple(Contributor(n, f"at/{n}", "sha256:0", 1 / count, "org/base", (4, 8), 2.5, 0.5) for n in names),
         merges=MERGES,
         anchor=None,
+        base=None,
         figures=Figures(1.25, 0.5, 0.125, (4, 9), 2048),
         errors={f"layers.{i}": i / 100 for i in range(20)},
         ranks={f"layers.{i}": 4 for i in range(20)},

@@ -50,7 +50,13 @@ def join(base: str, *parts: str) -> str:
 
 
 def resolve(workspace: str, location: str) -> str:
-    """A location as written in a project file, made absolute from the workspace, with `.` and `..` folded."""
+    """A location as written in a project file, made absolute from the workspace, with `.` and `..` folded. Raises
+    StorageError if its bytes are no UTF-8, which no manifest and no table could name."""
+    try:
+        location.encode()
+    except UnicodeEncodeError as error:
+        shown = location.encode(errors="backslashreplace").decode()
+        raise StorageError(f"{shown}: this path is not text in UTF-8.\nRename it.") from error
     if is_uri(location):
         return _fold(location)
     expanded = os.path.expanduser(location)

@@ -182,3 +182,8 @@ def test_a_place_that_cannot_be_written_is_known_at_once(tmp_path):
 )  # fmt: skip
 def test_resolve(workspace, location, expected):
     assert storage.resolve(workspace, location) == expected
+
+
+def test_a_path_that_is_no_text_is_refused():
+    with pytest.raises(StorageError, match=r"^od\\udcff: this path is not text in UTF-8"):
+        storage.resolve("/w", os.fsdecode(b"od\xff"))

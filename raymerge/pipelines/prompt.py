@@ -57,6 +57,7 @@ def ask(question: Question) -> Answers:
     Raises EvaluationError, PersonaError and ProjectError for what is asked; AdapterError, MergeError and ModelError for
     who is: all of them before the model answers anything.
     """
+    _check_text([*question.prompts, *question.stop, question.prompt_format])
     prompts, notes = _prompts(question)
     sources = _sources(question)
     adapters = [_read(source, question) for source in sources]
@@ -127,6 +128,15 @@ def _prompts(question: Question) -> tuple[tuple[Prompt, ...], list[str]]:
     prompts, left_out = read_prompts(storage.resolve(os.getcwd(), question.file))
     others = "1 other is" if left_out == 1 else f"{left_out} others are"
     return prompts, [f"Only examples of split test are asked: {others} left out."] if left_out else []
+
+
+def _check_text(texts: Sequence[str]) -> None:
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            shown = text.encode(errors="backslashreplace").decode()
+            raise EvaluationError(f"{shown}: is not text in UTF-8.") from error
 
 
 def _sources(question: Question) -> tuple[Source, ...]:

@@ -55,6 +55,20 @@ def test_each_format_is_known_and_read(tmp_path, format):
 
 
 @pytest.mark.parametrize("format", FORMATS)
+def test_what_was_never_finished_is_not_read_and_a_foreign_manifest_says_nothing(tmp_path, format):
+    folder = save(tmp_path / "a", format)
+    for foreign in ("", "[1]", "\xff"):
+        (tmp_path / "a/manifest.json").write_bytes(foreign.encode("latin-1"))
+        assert read_adapter(folder).name == open_adapter(folder).name == "a"
+    (tmp_path / "a/manifest.json").write_text(json.dumps({"unfinished": True}))
+    for read in (read_adapter, open_adapter):
+        with pytest.raises(AdapterError, match=r"^me: was begun and not finished"):
+            read(folder, "me")
+        with pytest.raises(AdapterError, match="was begun and not finished"):
+            read(f"{folder}/{FILES[format]}")
+
+
+@pytest.mark.parametrize("format", FORMATS)
 def test_an_adapter_may_be_named_by_its_weights(tmp_path, format):
     folder = save(tmp_path / "a", format)
     file = f"{folder}/{FILES[format]}"
@@ -157,3 +171,15 @@ def test_asking_what_is_there_needs_no_torch(tmp_path):
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_adapter_that_was_trained_is_never_replaced(tmp_path):
+    one = LoraAdapter("anna", {"q": LoraModule(torch.ones(1, 3), torch.ones(2, 1), 1.0)})
+    save_adapter(one, str(tmp_path / "own"))
+    save_adapter(one, str(tmp_path / "own"))  # its own may be
+    trained = tmp_path / "trained"
+    trained.mkdir()
+    for name, data in encode_adapter(one).items():
+        (trained / name).write_bytes(data)
+    with pytest.raises(AdapterError, match=r"trained: holds an adapter that was not written by raymerge"):
+        save_adapter(one, str(trained))

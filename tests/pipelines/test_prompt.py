@@ -221,11 +221,13 @@ def test_dora_needs_a_base_that_is_a_folder(bank, tiny_llama):
     assert ask(Question(str(tiny_llama), ["e1"], prompts=["w1"], max_new_tokens=1)).answers["e1"]
 
 
-def test_a_path_that_is_no_text_is_refused(bank, tiny_llama):
+def test_what_is_no_text_is_refused(bank, tiny_llama):
     odd = os.fsdecode(b"od\xff")
     os.rename("e3", odd)
-    with pytest.raises(AdapterError, match=r"^od\\udcff: the path of this adapter is not text in UTF-8"):
+    with pytest.raises(RaymergeError, match=r"^od\\udcff: this path is not text in UTF-8"):
         ask(Question(str(tiny_llama), [odd], prompts=["w1"]))
+    with pytest.raises(RaymergeError, match=r"^od\\udcff: is not text in UTF-8"):
+        ask(Question(str(tiny_llama), ["e1"], prompts=[odd]))
 
 
 # Who answers

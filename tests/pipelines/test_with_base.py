@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from raymerge.adapters import load_adapter, read_adapter, save_adapter
 from raymerge.adapters.base_weights import BaseWeights
-from raymerge.pipelines import steps
+from raymerge.pipelines import planning
 from raymerge.pipelines.evaluate import evaluate
 from raymerge.pipelines.merge import merge
 from tests.pipelines.conftest import NAMES, SHAPES
@@ -106,17 +106,14 @@ def test_without_a_base_model_what_needs_it_fails_by_name(project, capsys):
 
 
 def test_what_becomes_of_rows_is_planned_once_in_a_recipe(project, monkeypatch):
-    asked, real = [], steps.merges_of
-
-    def counted(opened, recipe, table):
-        asked.append(recipe.name)
-        return real(opened, recipe, table)
-
-    monkeypatch.setattr(steps, "merges_of", counted)
+    asked, real = [], planning.is_reference
+    monkeypatch.setattr(planning, "is_reference", lambda *row: asked.append(row[1].adapter) or real(*row))
     assert merge(project, recipes=["exact"], local=True) == 0
+    assert asked == ["cluster_00", "cluster_01"]
+    asked.clear()
     assert evaluate(project, runs=["exact"], local=True) == 0  # test and validation examples
     assert (Path(project).parent / "runs/exact/validation").exists()
-    assert asked == ["exact"] * 2
+    assert asked == ["cluster_00", "cluster_01"]
 
 
 def test_notes_of_methods_are_said_once(project, capsys):

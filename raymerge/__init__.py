@@ -6,13 +6,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["LoraAdapter", "LoraModule", "load_adapter", "merge", "save_adapter"]
+__all__ = ["BaseWeights", "LoraAdapter", "LoraModule", "load_adapter", "merge", "save_adapter"]
 
 if TYPE_CHECKING:
-    from raymerge.adapters import LoraAdapter, LoraModule, load_adapter, save_adapter
+    from raymerge.adapters import BaseWeights, LoraAdapter, LoraModule, load_adapter, save_adapter
     from raymerge.merging.merge import merge
 
 _HOME = {
+    "BaseWeights": "raymerge.adapters",
     "LoraAdapter": "raymerge.adapters",
     "LoraModule": "raymerge.adapters",
     "load_adapter": "raymerge.adapters",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "FORMATS",
+    "BaseWeights",
     "Catalogue",
     "LoraAdapter",
     "LoraModule",
@@ -23,6 +24,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from raymerge.adapters.adapter import LoraAdapter, LoraModule, ModuleHeader
+    from raymerge.adapters.base_weights import BaseWeights
     from raymerge.adapters.catalogue import Catalogue
     from raymerge.adapters.formats import (
         FORMATS,
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     )
 
 _HOME = {
+    "BaseWeights": "base_weights",
     "FORMATS": "formats",
     "Catalogue": "catalogue",
     "LoraAdapter": "adapter",

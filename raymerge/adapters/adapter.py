@@ -109,7 +109,7 @@ class LoraModule:
 
     def delta(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The delta, dense: (out_features, in_features)."""
-        return self.scaling * (self.B.detach().to(dtype) @ self.A.detach().to(dtype))
+        return torch.mm(self.B.detach().to(dtype), self.A.detach().to(dtype)).mul_(self.scaling)
 
 
 class StoredModules(Mapping[str, LoraModule]):
@@ -127,7 +127,7 @@ class StoredModules(Mapping[str, LoraModule]):
         return path in self.headers  # Mapping would read the weights to find out
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LoraAdapter:
     """An adapter: modules by their full dotted path in the base model, sorted.
 
@@ -158,6 +158,11 @@ class LoraAdapter:
             object.__setattr__(self, "modules", {path: self.modules[path] for path in sorted(self.modules)})
         if not isinstance(self.whole, StoredTensors):
             object.__setattr__(self, "whole", {name: self.whole[name] for name in sorted(self.whole)})
+
+    def __repr__(self) -> str:
+        ranks = sorted({header.rank for header in self.headers.values()})
+        shown = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else "none"
+        return f"LoraAdapter({self.name!r}, {len(self.headers)} modules of rank {shown}, {self.dtype})"
 
     @property
     def headers(self) -> Mapping[str, ModuleHeader]:

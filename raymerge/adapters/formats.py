@@ -141,9 +141,9 @@ def read_adapter(
     return peft.read_adapter(_peft_folder(location, name), name, allow_pickle=allow_pickle, base=base)
 
 
-def load_adapter(folder: str) -> LoraAdapter:
+def load_adapter(folder: str, *, base: BaseWeights | None = None) -> LoraAdapter:
     """Read an adapter from a folder or URI; the counterpart of save_adapter. Raises what read_adapter raises."""
-    return read_adapter(str(folder))
+    return read_adapter(str(folder), base=base)
 
 
 def encode_adapter(adapter: LoraAdapter, format: str = "peft") -> dict[str, bytes]:
@@ -158,9 +158,15 @@ def encode_adapter(adapter: LoraAdapter, format: str = "peft") -> dict[str, byte
 
 
 def save_adapter(adapter: LoraAdapter, folder: str, format: str = "peft") -> None:
-    """Write an adapter in PEFT's or MLX's form, with a manifest that states the error of each module. Raises what
-    encode_adapter raises."""
+    """Write an adapter in PEFT's or MLX's form, with a manifest that states the error of each module.
+
+    Raises what encode_adapter raises, and AdapterError where it would replace an adapter that was trained, not written
+    here.
+    """
     files = encode_adapter(adapter, format)
+    marker = storage.join(str(folder), manifest.NAME)
+    if storage.exists(storage.join(str(folder), CONFIG)) and not storage.exists(marker):
+        raise AdapterError(f"{folder}: holds an adapter that was not written by raymerge.\nChoose another folder.")
     described = {"name": adapter.name, "errors": dict(sorted(adapter.errors.items()))}
     key = storage.digest_value({name: storage.digest_bytes(data) for name, data in files.items()})
     manifest.write_artefact(str(folder), files, described, key)

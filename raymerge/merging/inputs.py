@@ -71,12 +71,17 @@ class Inputs:
         )
 
 
+Weights = Sequence[Setting] | Mapping[str, Setting] | None
+
+
 def check_inputs(
-    adapters: Sequence[LoraAdapter], weights: Sequence[Setting], anchor: LoraAdapter | None, rule: RankRule
+    adapters: Sequence[LoraAdapter], weights: Weights, anchor: LoraAdapter | None, rule: RankRule
 ) -> Inputs:
     """Put adapters in the order of their names and check that they fit. Raises MergeError that says why not."""
-    if not adapters or len(adapters) != len(weights):
-        raise MergeError(f"{len(adapters)} adapters and {len(weights)} weights.\nExpected one weight for each adapter.")
+    wrong = next((one for one in (*adapters, anchor) if one is not None and not isinstance(one, LoraAdapter)), None)
+    if wrong is not None:
+        raise MergeError(f"{wrong!r} is no adapter.\nRead it with load_adapter first.")
+    weights = listed_weights([adapter.name for adapter in adapters], weights)
     order = sorted(range(len(adapters)), key=lambda i: adapters[i].name)
     experts = tuple(adapters[i] for i in order)
     for first, second in pairwise(experts):
@@ -90,6 +95,26 @@ def check_inputs(
     places = depths([*headers, *whole])
     settings = tuple(_weight(adapters[i].name, weights[i], places) for i in order)
     return Inputs(experts, settings, anchor, headers, whole, places, rule)
+
+
+def listed_weights(names: Sequence[str], weights: Weights) -> Sequence[Setting]:
+    """One weight for each adapter, in their order: as given, by name, or 1/N each where none are given."""
+    if weights is None:
+        return [1 / len(names)] * len(names) if names else _unequal(0, 0)
+    if isinstance(weights, str):
+        raise MergeError(f"weights {weights!r} are a text.\nExpected a number for each adapter, such as [0.6, 0.4].")
+    if isinstance(weights, Mapping):
+        if sorted(weights) != sorted(names):
+            raise MergeError(
+                f"weights for {', '.join(sorted(weights))}, and adapters {', '.join(sorted(names))}.\n"
+                "Expected one weight for each adapter, by its name."
+            )
+        return [weights[name] for name in names]
+    return weights if names and len(weights) == len(names) else _unequal(len(names), len(weights))
+
+
+def _unequal(adapters: int, weights: int) -> Sequence[Setting]:
+    raise MergeError(f"{adapters} adapters and {weights} weights.\nExpected one weight for each adapter.")
 
 
 def _headers(experts: Sequence[LoraAdapter], anchor: LoraAdapter | None) -> Mapping[str, Sequence[ModuleHeader | None]]:

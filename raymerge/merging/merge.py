@@ -13,11 +13,10 @@ import torch
 from raymerge.adapters.adapter import LoraAdapter, LoraModule
 from raymerge.errors import MergeError
 from raymerge.merging.factors import Compressed, Factor, Truncation, filled, rounded
-from raymerge.merging.inputs import Inputs, widest_dtype
+from raymerge.merging.inputs import Inputs, Weights, widest_dtype
 from raymerge.merging.lowrank import sum_norm, truncate, truncate_formed
 from raymerge.merging.prepare import Merge, prepare
 from raymerge.merging.rank import RankRule
-from raymerge.merging.settings import Setting
 from raymerge.merging.site import Combined, Dense, Site, Weighted
 from raymerge.merging.whole import merge_biases, merge_whole
 
@@ -34,7 +33,7 @@ _T = TypeVar("_T")
 
 def merge(
     adapters: Sequence[LoraAdapter],
-    weights: Sequence[Setting],
+    weights: Weights = None,
     *,
     method: str = "linear",
     dialect: str = "delta",
@@ -50,12 +49,12 @@ def merge(
 
     adapters: of any ranks, scalings, dtypes and target modules; a module that one lacks is a zero delta. They are
     only read, module by module, so that adapters from open_adapter are never in memory whole. They are taken in the
-    order of their names. weights: for each a number, or a setting that differs by layer or module (`settings`).
-    method, method_parameters: see `methods.METHODS`; dialect: `delta`, or a library whose numbers are wanted
-    (`dialects.DIALECTS`). rank: see `rank.parse_rank`. scale: a number, or match_norm for the mean norm of what is
-    merged: sum(|w_i| |a_i|) / |merge(a_i)|. anchor: an adapter that deltas are measured from, or None for the base.
-    base: the base model's weights, which whole tensors need (see `whole`). dtype: of the result, the experts' widest
-    unless given.
+    order of their names. weights: for each a number, or a setting that differs by layer or module (`settings`), in
+    their order or by name; 1/N unless given. method, method_parameters: see `methods.METHODS`. dialect: `delta`, or a
+    library whose numbers are wanted (`dialects.DIALECTS`). rank: see `rank.parse_rank`. scale: a number, or match_norm
+    for the mean norm of what is merged: sum(|w_i| |a_i|) / |merge(a_i)|. anchor: an adapter that deltas are measured
+    from, or None for the base. base: the base model's weights, which whole tensors need (see `whole`). dtype: of the
+    result, the experts' widest unless given.
 
     Returns an adapter with scalings of 1 and the relative Frobenius error of each module, rounding included, and of
     the whole under `*`. Warns if the adapters name different base models. Raises MergeError, RankError.
@@ -107,9 +106,7 @@ def merge_module(
     return merged.modules["module"], merged.errors["module"]
 
 
-def matched_scale(
-    adapters: Sequence[LoraAdapter], weights: Sequence[Setting], anchor: LoraAdapter | None = None
-) -> float:
+def matched_scale(adapters: Sequence[LoraAdapter], weights: Weights = None, anchor: LoraAdapter | None = None) -> float:
     """The scale that gives a linear merge the mean norm of what it merges: sum(|w_i| |a_i|) / |sum(w_i a_i)|, with a_i
     measured from the anchor; 1 where the sum is zero. Nothing is compressed for it."""
     return _matched_scale(prepare(adapters, weights, anchor=anchor))

@@ -10,11 +10,10 @@ from raymerge.adapters.adapter import LoraAdapter, LoraModule
 from raymerge.errors import MergeError, unknown
 from raymerge.merging.dialects import DIALECTS
 from raymerge.merging.gram import inner_of, squared_norm_of
-from raymerge.merging.inputs import Inputs, check_inputs, check_patterns
+from raymerge.merging.inputs import Inputs, Weights, check_inputs, check_patterns
 from raymerge.merging.methods import METHODS, Method, named
 from raymerge.merging.methods.parameters import Parameters
 from raymerge.merging.rank import parse_rank
-from raymerge.merging.settings import Setting
 from raymerge.merging.site import Combined, Site
 
 
@@ -60,7 +59,7 @@ class Merge:
 
 def prepare(
     adapters: Sequence[LoraAdapter],
-    weights: Sequence[Setting],
+    weights: Weights = None,
     *,
     method: str = "linear",
     dialect: str = "delta",

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from raymerge.errors import RankError
 
 ROUNDING = 5e-7  # relative Frobenius norm that counts as nothing: half of what a merge may lose besides the optimum
-_FORMS = "keep, exact, a whole number above 0, or {energy: 0.95, max: 64}"
+_FORMS = "keep, exact, a whole number above 0, a share such as 0.95, or {energy: 0.95, max: 64}"
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class RankRule:
     """Rank of each merged module.
 
     keep: the largest among the experts. exact: the numerical rank of the sum. fixed: `value`. energy: the smallest
-    that holds the share `value` of the squared Frobenius norm, at most `maximum`. None exceeds min(out, in). uniform:
-    all modules are padded with zeros to the largest rank among them.
+    that holds the share `value` of the squared Frobenius norm, at most `maximum`; a number below 1 asks for it. None
+    exceeds min(out, in). uniform: all modules are padded with zeros to the largest rank among them.
     """
 
     kind: Literal["keep", "exact", "fixed", "energy"]
@@ -45,6 +45,8 @@ def parse_rank(value: Any) -> RankRule:
         return _parse_mapping(value)
     if value in ("keep", "exact"):
         return RankRule(value)
+    if isinstance(value, float) and 0 < value < 1:
+        return RankRule("energy", value)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise RankError(f"rank {value!r} is no rank.\nExpected {_FORMS}.")
     return RankRule("fixed", value)

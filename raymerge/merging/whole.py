@@ -53,7 +53,7 @@ def merge_whole(
         owners = [adapter for adapter in adapters if name in adapter.whole]
         lacked = base is not None and base.lacks(name)
         if base is None or lacked:
-            _check_mean(name, inputs, scale, method, lacked=lacked)
+            _check_mean(name, owners[0].name, inputs, scale, method, lacked=lacked)
             _check_shapes(name, owners[0].whole_shapes[name], owners)
             result = _mean(name, inputs)
         else:
@@ -66,7 +66,7 @@ def merge_whole(
     return merged
 
 
-def _check_mean(name: str, inputs: Inputs, scale: float, method: str, *, lacked: bool) -> None:
+def _check_mean(name: str, owner: str, inputs: Inputs, scale: float, method: str, *, lacked: bool) -> None:
     """Raise MergeError unless the merge is a weighted mean, in which a base that is not known cancels."""
     weights = inputs.weights_at(name)
     lacking = next((expert.name for expert in inputs.experts if name not in expert.whole), None)
@@ -88,7 +88,7 @@ def _check_mean(name: str, inputs: Inputs, scale: float, method: str, *, lacked:
             if lacked
             else f"Give the base model (--base, or base=BaseWeights(...)) to merge what it adds; without it {mean}"
         )
-        raise MergeError(f"{name} is stored whole, not as a delta, and {why}.\n{remedy}")
+        raise MergeError(f"{owner}: {name} is stored whole, not as a delta, and {why}.\n{remedy}")
 
 
 def _mean(name: str, inputs: Inputs) -> Tensor:

@@ -321,3 +321,27 @@ def test_one_module_alone():
     assert error < 1e-6
     with pytest.raises(MergeError, match="shape is unknown"):
         merge_module([None], [1.0])
+
+
+def test_weights_go_by_place_by_name_or_are_equal():
+    experts = mixed_experts()
+    by_name = merge(experts, {"cleo": 0.1, "anna": 0.6, "bert": 0.3}, rank="exact")
+    by_place = merge(experts, [0.6, 0.3, 0.1], rank="exact")
+    assert encode_adapter(by_name) == encode_adapter(by_place)
+    assert encode_adapter(merge(experts)) == encode_adapter(merge(experts, [1 / 3] * 3))
+    assert repr(by_name) == "LoraAdapter('merged', 4 modules of rank 3 to 7, torch.float32)"
+
+
+@pytest.mark.parametrize(
+    ("adapters", "weights", "named"),
+    [
+        (["adapters/anna"], [1.0], "'adapters/anna' is no adapter"),
+        (mixed_experts(), "0.5,0.3,0.2", "weights '0.5,0.3,0.2' are a text"),
+        (mixed_experts(), {"anna": 1.0, "bob": 1.0}, "weights for anna, bob, and adapters anna, bert, cleo"),
+        ([], None, "0 adapters and 0 weights"),
+    ],
+)
+def test_what_is_no_adapter_or_no_weight_is_refused(adapters, weights, named):
+    with pytest.raises(MergeError) as refusal:
+        merge(adapters, weights)
+    assert named in str(refusal.value)

@@ -66,7 +66,7 @@ def test_a_mean_needs_no_base():
 def test_anything_else_is_refused_without_the_base(arguments, why):
     with pytest.raises(MergeError) as refusal:
         merge([adapter("anna", 1), adapter("bert", 2)], **arguments)
-    assert str(refusal.value).startswith(f"{BIAS} is stored whole, not as a delta, and {why}")
+    assert str(refusal.value).startswith(f"anna: {BIAS} is stored whole, not as a delta, and {why}")
     assert "--base" in str(refusal.value)
 
 

@@ -56,7 +56,9 @@ class Method:
         except ValidationError as error:
             first = error.errors()[0]
             name = str(first["loc"][0])
-            what = str(first["msg"]).removeprefix("Value error, ")
+            if name not in given:
+                raise MergeError(f"method {self.name}: {name} is missing, and has no default.") from error
+            what = str(first["msg"]).removeprefix("Value error, ").replace("Input should be", "expected a value")
             raise MergeError(
                 f"method {self.name}: {name} {given[name]!r} cannot be used.\n{what[0].upper()}{what[1:]}."
             ) from error

@@ -20,11 +20,15 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapters.s
 
 def finished(folder: str, key: str) -> Fused | None:
     """The fuse in a folder, if it is complete and of this key."""
-    if not is_complete(folder, key):
-        return None
+    return _read(folder) if is_complete(folder, key) else None
+
+
+def _read(folder: str) -> Fused | None:
+    """What a manifest tells; None if it is not as this version writes it."""
+    manifest = read_manifest(folder) or {}
     try:
-        return Fused.from_json(read_manifest(folder) or {})
-    except (KeyError, TypeError, ValueError, AttributeError):  # not as this version writes it
+        return Fused.from_json(manifest) if manifest.get("schema") == SCHEMA else None
+    except (KeyError, TypeError, ValueError, AttributeError):
         return None
 
 
@@ -83,29 +87,29 @@ def _is_fused(folder: str) -> bool:
 
 def _difference(meant: Meant, fusion: Fusion, loaded: Loaded) -> str:
     """In what the fuse in a folder differs from the one wanted, a line for each."""
-    there = read_manifest(fusion.folder) or {}
-    if there.get("schema") != SCHEMA:
+    there = _read(fusion.folder)
+    if there is None:
         return "It was written by another version of raymerge.\n"
-    before = {expert["name"]: expert for expert in there["experts"]}
+    before = {expert.name: expert for expert in there.experts}
     names = [source.name for source in meant.sources]
     now = dict(zip(names, zip(fusion.weights, loaded.digests, strict=True), strict=True))
-    found = [] if there["name"] == fusion.name else [f"name: {there['name']!r} there, {fusion.name!r} now"]
+    found = [] if there.name == fusion.name else [f"name: {there.name!r} there, {fusion.name!r} now"]
     if set(before) != set(now):
         found.append(f"adapters: {', '.join(sorted(before))} there, {', '.join(sorted(now))} now")
     for name in sorted(set(before) & set(now)):
-        if before[name]["digest"] != now[name][1]:
+        if before[name].digest != now[name][1]:
             found.append(f"{name}: its files have changed")
-        if before[name]["weight"] != now[name][0]:
-            found.append(f"weight of {name}: {before[name]['weight']!r} there, {now[name][0]!r} now")
+        if before[name].weight != now[name][0]:
+            found.append(f"weight of {name}: {before[name].weight!r} there, {now[name][0]!r} now")
     wanted = {**merges_of(meant, fusion), "dtype": loaded.dtype}
-    if there["anchor"] == loaded.anchor_digest:
+    if there.anchor == loaded.anchor_digest:
         del wanted["anchor"]  # only its location may differ
-    elif there["merges"].get("anchor") == wanted["anchor"]:
+    elif there.merges.get("anchor") == wanted["anchor"]:
         found.append("anchor: its files have changed")
-    if there["base"] != loaded.base_digest:
+    if there.base != loaded.base_digest:
         found.append("base: it is another model, or its files were written anew")
-    changed = [key for key in wanted if there["merges"].get(key) != wanted[key]]
-    found += [f"{key}: {there['merges'].get(key)!r} there, {wanted[key]!r} now" for key in changed]
+    changed = [key for key in wanted if there.merges.get(key) != wanted[key]]
+    found += [f"{key}: {there.merges.get(key)!r} there, {wanted[key]!r} now" for key in changed]
     return "".join(f"{line}\n" for line in found)
 
 

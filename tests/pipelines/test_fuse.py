@@ -327,6 +327,37 @@ def test_one_of_a_sweep_may_fail(here, capsys):
     assert capsys.readouterr().err.startswith("raymerge: p1: weight -0.5 is negative")
 
 
+def test_a_list_in_a_sweep_is_one_value(here):
+    found = meant(sweep='ties:density=[0.2,0.8],70/30, ties:density={"*.v_proj": 0.8, "*": [0.1, 1]}:60/40').fusions
+    assert [fusion.parameters for fusion in found] == [
+        {"density": [0.2, 0.8]}, {}, {"density": {"*.v_proj": 0.8, "*": [0.1, 1]}},
+    ]  # fmt: skip
+    assert [fusion.weights for fusion in found] == [(0.5, 0.5), (0.7, 0.3), (0.6, 0.4)]
+    names = ["ties-density-0.2-0.8", "70-30", "ties-density-.v_proj-0.8--0.1-1-60-40"]
+    assert [fusion.name for fusion in found] == names
+    with pytest.raises(MergeError, match="cannot be read"):
+        meant(sweep="ties:density=[0.2,0.8,70/30")
+
+
+def test_figures_take_one_table_of_inner_products(here, monkeypatch):
+    from raymerge.merging import gram as module
+
+    sizes, whole = [], module.gram
+    monkeypatch.setattr(module, "gram", lambda adapters, *a: sizes.append(len(adapters)) or whole(adapters, *a))
+    assert fuse("p0", "p1", "p2", "--out", "out", "--method", "linear") == 0
+    assert sizes == [4]
+    sizes.clear()
+    monkeypatch.setattr("raymerge.pipelines.fusion_figures._ROW", 2)
+    assert fuse("p0", "p1", "p2", "--out", "many", "--anchor", "p5", "--sweep", "50/25/25,20/40/40") == 0
+    assert sizes == [5, 4, 3]  # all with each other once, then rows of two
+    assert fuse("p0", "p1", "p2", "--out", "one", "--anchor", "p5", "--weights", "0.2,0.4,0.4") == 0
+    row, alone = manifest(here / "many/20-40-40"), manifest(here / "one")
+    assert row["similarities"] == alone["similarities"]
+    for one, other in zip(row["experts"], alone["experts"], strict=True):
+        assert one["cosine"] == pytest.approx(other["cosine"])
+        assert one["norm"] == pytest.approx(other["norm"])
+
+
 # What is written on the command line
 
 

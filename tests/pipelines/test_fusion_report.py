@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raymerge.pipelines.fusion_figures import Contributor, Figures, Fused, cautions, norm_ratio, remarks
-from raymerge.pipelines.fusion_report import joined, pairs, report, sweep_report, weight_in_words
+from raymerge.pipelines.fusion_report import error_in_words, joined, pairs, report, sweep_report, weight_in_words
 from raymerge.pipelines.fusion_table import one, sweep
 
 MERGES = {
@@ -105,10 +105,10 @@ def test_many_inputs_are_summed_up():
 
 def test_nothing_is_cut_in_eighty_columns():
     names = ["a-name-that-goes-on-and-on", "b", "c-name-that-goes-on-and-on"]
-    wide = fused(names, name="dare_ties-density-0.25", figures=Figures(1.23e-5, 0.5, 0.125, (128, 256), 350 * 2**20))
+    wide = fused(names, name="dare_ties-density-0.25", figures=Figures(1.23e-5, 0.5, 1.24e-5, (128, 256), 350 * 2**20))
     text = printed(sweep([wide] * 2))
     assert max(map(len, text.splitlines())) <= 80
-    for part in ("1.23e-05", "128–256", "350 MiB", "0.125", "0.500"):
+    for part in ("1.23e-05", "128–256", "350 MiB", "1.2e-05", "0.500"):
         assert part in text
     wide = replace(wide, experts=tuple(replace(e, base_model=e.name, norm=1.234e-5, weight=[0.3333, 1, 0.6667])
                                        for e in wide.experts))  # fmt: skip
@@ -116,6 +116,38 @@ def test_nothing_is_cut_in_eighty_columns():
     assert max(map(len, text.splitlines())) <= 80
     for part in ("1.234e-05", "128–256", "350 MiB", "0.500", "0.333…0.667"):
         assert part in text
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [(0.0, "0"), (0.125, "0.125"), (0.01, "0.010"), (0.0004, "0.0004"), (0.00042, "0.00042"), (3.14e-8, "3.1e-08")],
+)
+def test_small_errors_are_not_none(error, expected):
+    assert error_in_words(error) == expected
+    value = fused(["a", "b"], figures=replace(fused(["a"]).figures, error=error), errors={"layers.0": error})
+    assert f"Relative error {expected}," in printed(one(value))
+    assert f" {expected} " in printed(sweep([value]))
+    assert f"| {expected} |" in sweep_report("sweep", [value], {})
+    if error == 0.0004:
+        assert f"| relative error | {expected}, rank" in report(value, "out")
+        assert f"| layers.0 | 4 | {expected} |" in report(value, "out")
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["ann", "bob"], ["ann", "bob"]),
+        (["persona_00", "persona_01"], ["…ona_00", "…ona_01"]),
+        (["persona", "persona_01"], ["persona", "person…"]),
+        (["first-of-all", "second-of-all"], ["first-…", "second…"]),
+        (["persona-a-merged", "persona-b-merged"], ["#1", "#2"]),
+    ],
+)
+def test_columns_can_be_told_apart(names, expected):
+    text = printed(sweep([fused(names)] * 2))
+    assert text.splitlines()[1].split()[-len(names) :] == expected
+    if expected[0] == "#1":
+        assert f"#1 {names[0]}, #2 {names[1]}" in text
 
 
 def test_what_is_unknown_is_a_dash():

@@ -27,7 +27,7 @@ def keep_largest(x: Tensor, count: int, pick: Pick) -> Tensor:
     magnitudes = x.abs().reshape(-1)
     if x.device.type != "cpu" or _coarse(magnitudes):
         return _only(x, pick(magnitudes, count))
-    # Of a matrix that is whole anyway, partitioning is as fast as the brackets of `thresholds`, and shows equal entries.
+    # Of a matrix that is whole, partitioning is as fast as the brackets of `thresholds`, and shows equal entries.
     below = x.numel() - count
     ordered = magnitudes.numpy()
     ordered.partition(below)

@@ -86,7 +86,7 @@ def _check_mean(name: str, owner: str, inputs: Inputs, scale: float, method: str
         remedy = (
             f"The base given has no such tensor, so {mean}"
             if lacked
-            else f"Give the base model (--base, a project's base_model, or base=) to merge what it adds; without it {mean}"
+            else f"Give the base model (--base, a project's base_model, base=) to merge what it adds; without it {mean}"
         )
         raise MergeError(f"{owner}: {name} is stored whole, not as a delta, and {why}.\n{remedy}")
 

@@ -13,6 +13,7 @@ from raymerge.adapters.adapter import LoraAdapter, LoraModule, ModuleHeader
 from raymerge.errors import MergeError
 from raymerge.merging.rank import RankRule
 from raymerge.merging.settings import Setting, checked, depths, unmatched, value_at
+from raymerge.merging.shapes import check_shapes
 from raymerge.merging.site import Site
 
 
@@ -123,30 +124,12 @@ def _headers(experts: Sequence[LoraAdapter], anchor: LoraAdapter | None) -> Mapp
     paths = sorted({path for headers in headers_of for path in headers})
     table = {path: [headers.get(path) for headers in headers_of] for path in paths}
     for path, headers in table.items():
-        first: tuple[ModuleHeader, str] | None = None
-        for adapter, header in zip(adapters, headers, strict=True):
-            if header is None:
-                continue
-            if first is None:
-                first = (header, adapter.name)
-            elif first[0].shape != header.shape:
-                raise MergeError(
-                    f"{adapter.name}: {path} has shape {header.shape}, but {first[0].shape} in {first[1]}.\n"
-                    "Shapes are (out_features, in_features). They were trained on different base models."
-                )
-            elif first[0].embedding != header.embedding:
-                raise MergeError(
-                    f"{adapter.name}: {path} is {_kind(header)}, but {_kind(first[0])} in {first[1]}.\n"
-                    "They were trained on different base models."
-                )
+        present = zip(adapters, headers, strict=True)
+        check_shapes(path, ((adapter.name, header) for adapter, header in present if header is not None))
     if len(experts) > 1 and not _share(experts):
         listed = "; ".join(f"{e.name} has {', '.join(list(e.headers)[:2]) or 'none'}" for e in experts[:3])
         raise MergeError(f"the adapters share no module, so there is nothing to merge.\nFound {listed}.")
     return table
-
-
-def _kind(header: ModuleHeader) -> str:
-    return "an embedding" if header.embedding else "a linear module"
 
 
 def _share(experts: Sequence[LoraAdapter]) -> bool:

@@ -46,8 +46,8 @@ def fuse(
 ) -> None:
     """Fuse a few adapters into one. Needs no project."""
     from raymerge.pipelines.fuse import fuse as pipeline
-    from raymerge.pipelines.fuse_options import named_parameters
-    from raymerge.pipelines.fuse_request import Request
+    from raymerge.pipelines.fusion.options import named_parameters
+    from raymerge.pipelines.fusion.request import Request
 
     plain = {"density": density, "t": t, "seed": seed, "epsilon": epsilon, "gamma": gamma,
              "majority_sign": majority_sign}  # fmt: skip
@@ -125,7 +125,7 @@ def prompt(
     """Ask base, experts and fused adapters the same. Needs no project."""
     from raymerge.config import DEFAULT_ENCODER
     from raymerge.pipelines.prompt import prompt as pipeline
-    from raymerge.pipelines.prompt_answers import Question
+    from raymerge.pipelines.prompting.answers import Question
 
     question = Question(
         base=base, adapters=[*(adapters or ()), *(adapter or ())], fused=fused or (), prompts=text or (), file=prompts,

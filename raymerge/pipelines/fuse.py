@@ -11,12 +11,8 @@ from raymerge import storage
 from raymerge.adapters.formats import encode_adapter
 from raymerge.errors import RaymergeError
 from raymerge.manifest import invalidate, is_complete, read_manifest, write_artefact
-from raymerge.pipelines import fusion_report
-from raymerge.pipelines.fuse_folders import FUSE, SWEEP, begin_sweep, check_folders, clear, finished, replace_report
-from raymerge.pipelines.fuse_inputs import Loaded, key_of, open_inputs, read_inputs
-from raymerge.pipelines.fuse_options import understand
-from raymerge.pipelines.fuse_request import Fusion, Meant, Request, command, merges_of, shown
-from raymerge.pipelines.fusion_figures import (
+from raymerge.pipelines.fusion import report as fusion_report
+from raymerge.pipelines.fusion.figures import (
     Contributor,
     Figures,
     Fused,
@@ -27,6 +23,10 @@ from raymerge.pipelines.fusion_figures import (
     remarks,
     span,
 )
+from raymerge.pipelines.fusion.folders import FUSE, SWEEP, begin_sweep, check_folders, clear, finished, replace_report
+from raymerge.pipelines.fusion.inputs import Loaded, key_of, open_inputs, read_inputs
+from raymerge.pipelines.fusion.options import understand
+from raymerge.pipelines.fusion.request import Fusion, Meant, Request, command, merges_of, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,7 +66,7 @@ def fuse(request: Request) -> int:
 def _show(
     meant: Meant, found: Sequence[Fused], failed: Mapping[str, str], explained: Mapping[str, str], console: Console
 ) -> None:
-    from raymerge.pipelines import fusion_table
+    from raymerge.pipelines.fusion import table as fusion_table
 
     console.print(fusion_table.one(found[0]) if meant.request.sweep is None else fusion_table.sweep(found))
     for name, why in failed.items():

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from raymerge import storage
 from raymerge.errors import ModelError, RaymergeError
-from raymerge.pipelines.inspect_adapter import Inspected, inspect_adapter, with_weights_read
-from raymerge.pipelines.inspect_groups import Group, group
-from raymerge.pipelines.inspect_places import find_adapters
+from raymerge.pipelines.inspection.adapter import Inspected, inspect_adapter, with_weights_read
+from raymerge.pipelines.inspection.groups import Group, group
+from raymerge.pipelines.inspection.places import find_adapters
 
 if TYPE_CHECKING:
-    from raymerge.pipelines.inspect_similarity import Similarity
+    from raymerge.pipelines.inspection.similarity import Similarity
 
 MATRIX, MAP = "similarity.json", "similarity.png"
 OUT = "inspect"
@@ -106,7 +106,7 @@ def _readable(adapters: Sequence[Inspected]) -> list[Inspected]:
 
 def _similar(adapters: list[Inspected], groups: list[Group]) -> tuple[list[Inspected], list[Group], Similarity]:
     """Similarities of the adapters whose weights can be read; the others are told apart only where some cannot."""
-    from raymerge.pipelines.inspect_similarity import measure
+    from raymerge.pipelines.inspection.similarity import measure
 
     try:
         return adapters, groups, measure(groups, _readable(adapters))
@@ -143,7 +143,7 @@ def _write(similarity: Similarity, folder: str) -> None:
 def _show(found: Inspection, out: str) -> None:
     from rich.console import Console
 
-    from raymerge.pipelines.inspect_table import overview, similarity_lines
+    from raymerge.pipelines.inspection.table import overview, similarity_lines
 
     console = Console(highlight=False)
     console.print(overview(found.adapters, found.groups, found.warnings))

@@ -7,7 +7,7 @@ from typing import Any
 
 from raymerge.config import run_name_fault
 from raymerge.errors import MergeError, RecipeError
-from raymerge.pipelines.fuse_options import named_parameters, value_of
+from raymerge.pipelines.fusion.options import named_parameters, value_of
 from raymerge.pipelines.job import finish
 from raymerge.pipelines.opening import need_adapters, need_recipes, open_project
 from raymerge.pipelines.steps import Steps, describe, run_steps

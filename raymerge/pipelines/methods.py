@@ -12,7 +12,7 @@ from rich.text import Text
 
 from raymerge.errors import MergeError
 from raymerge.merging.methods import Method, named
-from raymerge.pipelines.fuse_options import methods_of
+from raymerge.pipelines.fusion.options import methods_of
 
 
 def methods(names: Sequence[str] = (), *, dialect: str = "delta") -> int:

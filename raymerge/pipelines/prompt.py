@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 from raymerge import storage
 from raymerge.errors import AdapterError, EvaluationError, ModelError
 from raymerge.personas import render_prompt
-from raymerge.pipelines.fuse_options import named_sources
-from raymerge.pipelines.fuse_request import Source
-from raymerge.pipelines.prompt_answers import Answers, Question
-from raymerge.pipelines.prompt_file import Prompt, read_prompts
+from raymerge.pipelines.fusion.options import named_sources
+from raymerge.pipelines.fusion.request import Source
+from raymerge.pipelines.prompting.answers import Answers, Question
+from raymerge.pipelines.prompting.file import Prompt, read_prompts
 
 if TYPE_CHECKING:
     from raymerge.adapters import LoraAdapter
     from raymerge.evaluation.capabilities import Contributor, Kind, Respondent, Scores
     from raymerge.models.base import BaseModel
-    from raymerge.pipelines.prompt_batch import Progress
+    from raymerge.pipelines.prompting.batch import Progress
 
 BASE = "base"
 NO_ENCODER = "none"
@@ -42,7 +42,7 @@ def prompt(question: Question, *, as_json: bool = False, out: str | None = None)
         return 0
     from rich.console import Console
 
-    from raymerge.pipelines.prompt_table import answers_and_scores
+    from raymerge.pipelines.prompting.table import answers_and_scores
 
     console = Console()
     console.print(answers_and_scores(found, console.width))
@@ -91,7 +91,7 @@ def _answered(
     prompts: Sequence[Prompt],
     progress: Progress,
 ) -> tuple[list[list[str]], Scores | None]:
-    from raymerge.pipelines.prompt_batch import answer, score
+    from raymerge.pipelines.prompting.batch import answer, score
     from raymerge.routing.embeddings import load_encoder
 
     progress("loading the base", None)

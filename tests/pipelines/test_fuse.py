@@ -14,8 +14,8 @@ from raymerge.adapters.formats import encode_adapter
 from raymerge.cli import main
 from raymerge.errors import MergeError
 from raymerge.merging.methods import METHODS
-from raymerge.pipelines.fuse_options import named_parameters, understand
-from raymerge.pipelines.fuse_request import Request
+from raymerge.pipelines.fusion.options import named_parameters, understand
+from raymerge.pipelines.fusion.request import Request
 from tests.pipelines.conftest import SHAPES, make_adapter
 
 
@@ -99,7 +99,7 @@ def test_figures_are_those_of_the_dense_deltas(here):
 
 
 def test_above_64_inputs_pairs_are_left_out(here, monkeypatch):
-    monkeypatch.setattr("raymerge.pipelines.fusion_figures.MOST_SIMILARITIES", 1)
+    monkeypatch.setattr("raymerge.pipelines.fusion.figures.MOST_SIMILARITIES", 1)
     save_adapter(make_adapter("start", 5), "start")
     assert fuse("p0", "p4", "--out", "out", "--anchor", "start") == 0
     few = manifest(here / "out")
@@ -277,7 +277,7 @@ def test_an_interrupted_fuse_is_finished(here):
 
 def test_a_sweep_is_its_fuses_side_by_side(here, capsys, monkeypatch):
     read = []
-    from raymerge.pipelines import fuse_inputs as pipeline
+    from raymerge.pipelines.fusion import inputs as pipeline
 
     whole = pipeline.read_adapter
     monkeypatch.setattr(pipeline, "read_adapter", lambda *a, **k: read.append(a[1]) or whole(*a, **k))
@@ -347,7 +347,7 @@ def test_figures_take_one_table_of_inner_products(here, monkeypatch):
     assert fuse("p0", "p1", "p2", "--out", "out", "--method", "linear") == 0
     assert sizes == [4]
     sizes.clear()
-    monkeypatch.setattr("raymerge.pipelines.fusion_figures._ROW", 2)
+    monkeypatch.setattr("raymerge.pipelines.fusion.figures._ROW", 2)
     assert fuse("p0", "p1", "p2", "--out", "many", "--anchor", "p5", "--sweep", "50/25/25,20/40/40") == 0
     assert sizes == [5, 4, 3]  # all with each other once, then rows of two
     assert fuse("p0", "p1", "p2", "--out", "one", "--anchor", "p5", "--weights", "0.2,0.4,0.4") == 0

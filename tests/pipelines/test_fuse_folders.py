@@ -12,7 +12,7 @@ from raymerge import load_adapter, merge, save_adapter
 from raymerge.adapters import LoraAdapter, LoraModule
 from raymerge.adapters.formats import adapter_digest, encode_adapter
 from raymerge.manifest import UNFINISHED, is_unfinished
-from raymerge.pipelines.fuse_folders import clear
+from raymerge.pipelines.fusion.folders import clear
 from tests.pipelines.conftest import make_adapter
 from tests.pipelines.test_fuse import files, fuse, here, manifest, status, written  # noqa: F401
 
@@ -211,7 +211,7 @@ def test_a_manifest_of_another_version_is_another_fuse(here, capsys, changes):  
 
 
 def test_one_of_a_sweep_may_fail_for_any_reason(here, capsys, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("raymerge.pipelines.fuse_inputs.HELD", 0)
+    monkeypatch.setattr("raymerge.pipelines.fusion.inputs.HELD", 0)
     spoilt = make_adapter("spoilt", 1)
     next(iter(spoilt.modules.values())).A[0, 0] = float("nan")
     save_adapter(spoilt, "spoilt")

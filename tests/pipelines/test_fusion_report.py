@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raymerge.pipelines.fusion_figures import Contributor, Figures, Fused, cautions, norm_ratio, remarks
-from raymerge.pipelines.fusion_report import error_in_words, joined, pairs, report, sweep_report, weight_in_words
-from raymerge.pipelines.fusion_table import one, sweep
+from raymerge.pipelines.fusion.figures import Contributor, Figures, Fused, cautions, norm_ratio, remarks
+from raymerge.pipelines.fusion.report import error_in_words, joined, pairs, report, sweep_report, weight_in_words
+from raymerge.pipelines.fusion.table import one, sweep
 
 MERGES = {
     "method": "ties", "method_parameters": {"density": 0.2, "majority_sign": "total"}, "dialect": "delta", "scale": 1.0,

@@ -25,10 +25,10 @@ from raymerge.merging.inputs import check_inputs
 from raymerge.merging.merge import merge
 from raymerge.merging.rank import parse_rank
 from raymerge.pipelines.inspect import inspect, inspection
-from raymerge.pipelines.inspect_adapter import Inspected
-from raymerge.pipelines.inspect_groups import group
-from raymerge.pipelines.inspect_places import find_adapters
-from raymerge.pipelines.inspect_similarity import Similarity
+from raymerge.pipelines.inspection.adapter import Inspected
+from raymerge.pipelines.inspection.groups import group
+from raymerge.pipelines.inspection.places import find_adapters
+from raymerge.pipelines.inspection.similarity import Similarity
 
 PATHS = [f"model.layers.{layer}.self_attn.{name}" for layer in range(2) for name in ("q_proj", "v_proj")]
 

@@ -24,8 +24,8 @@ from raymerge.models.generation import GenerationSettings, generate, score_refer
 from raymerge.models.multilora import MultiLora
 from raymerge.models.training import TrainingGroup, TrainingSettings, train
 from raymerge.pipelines.prompt import ask
-from raymerge.pipelines.prompt_answers import Question
-from raymerge.pipelines.prompt_file import Prompt, read_prompts
+from raymerge.pipelines.prompting.answers import Question
+from raymerge.pipelines.prompting.file import Prompt, read_prompts
 
 TEXTS = ["Once upon a time", "Lily saw a big", "The dog", "One day, Tom and his mom"]
 STORIES = {"ann": "big red dog. It was happy.", "bob": "little blue boat. The end."}

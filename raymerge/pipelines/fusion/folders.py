@@ -9,10 +9,10 @@ from raymerge import storage
 from raymerge.errors import StorageError
 from raymerge.manifest import NAME as MANIFEST
 from raymerge.manifest import invalidate, is_complete, is_unfinished, read_manifest
-from raymerge.pipelines import fusion_report
-from raymerge.pipelines.fuse_inputs import Loaded
-from raymerge.pipelines.fuse_request import Fusion, Meant, merges_of
-from raymerge.pipelines.fusion_figures import SCHEMA, Fused
+from raymerge.pipelines.fusion import report as fusion_report
+from raymerge.pipelines.fusion.figures import SCHEMA, Fused
+from raymerge.pipelines.fusion.inputs import Loaded
+from raymerge.pipelines.fusion.request import Fusion, Meant, merges_of
 
 FUSE, SWEEP = "fuse", "sweep"  # what an unfinished folder's marker says it is to become
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapters.safetensors")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from raymerge.adapters.adapter import ModuleHeader
-    from raymerge.pipelines.inspect_adapter import Inspected
+    from raymerge.pipelines.inspection.adapter import Inspected
 
 Shape = tuple[tuple[int, ...], bool]  # of the delta or the whole tensor, and whether it is an embedding's
 

@@ -18,7 +18,7 @@ from raymerge.merging.dialects import DIALECTS
 from raymerge.merging.methods import METHODS, Method, named
 from raymerge.merging.rank import parse_rank
 from raymerge.merging.settings import Setting, checked
-from raymerge.pipelines.fuse_request import Fusion, Meant, Request, Source
+from raymerge.pipelines.fusion.request import Fusion, Meant, Request, Source
 
 _NAMED = re.compile(r"(?P<name>[^/\\:=]+)=(?P<location>.+)")
 _SHARES = re.compile(r"[-+.\deE]+(/[-+.\deE]+)+")

@@ -12,8 +12,8 @@ from raymerge.evaluation.metrics import chrf, similarity
 from raymerge.models.generation import GenerationSettings, generate, score_references
 from raymerge.models.multilora import MultiLora
 from raymerge.personas import render_prompt
-from raymerge.pipelines.prompt_answers import Question
-from raymerge.pipelines.prompt_file import Prompt
+from raymerge.pipelines.prompting.answers import Question
+from raymerge.pipelines.prompting.file import Prompt
 
 if TYPE_CHECKING:
     from raymerge.adapters import LoraAdapter

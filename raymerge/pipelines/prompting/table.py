@@ -11,7 +11,7 @@ from rich.text import Text
 
 from raymerge.evaluation.capabilities import Kept, Respondent, Scores
 from raymerge.evaluation.wording import UNKNOWN, cut, number, percent, printable
-from raymerge.pipelines.prompt_answers import Answers
+from raymerge.pipelines.prompting.answers import Answers
 
 SHOWN = 8  # prompts shown before their scores; all of them where there are none
 _NAME = 18  # widest name of a respondent

@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from raymerge.evaluation.wording import UNKNOWN, number, printable, size
-from raymerge.pipelines.fusion_figures import Fused
-from raymerge.pipelines.fusion_report import error_in_words, headline, joined, pairs, span_in_words, weight_in_words
+from raymerge.pipelines.fusion.figures import Fused
+from raymerge.pipelines.fusion.report import error_in_words, headline, joined, pairs, span_in_words, weight_in_words
 
 _ROWS = 24  # inputs shown
 _WIDTH = 7  # of a name above a column

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from raymerge.pipelines.inspect_adapter import Inspected
-    from raymerge.pipelines.inspect_groups import Group
+    from raymerge.pipelines.inspection.adapter import Inspected
+    from raymerge.pipelines.inspection.groups import Group
 
 FEW = 12  # adapters up to which they stay in the order of their names, and the whole matrix fits a terminal
 

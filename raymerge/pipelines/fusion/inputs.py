@@ -11,8 +11,8 @@ from raymerge import storage
 from raymerge.adapters.formats import adapter_digest, open_adapter, read_adapter, weight_files
 from raymerge.errors import AdapterError, ModelError
 from raymerge.merging.rank import parse_rank
-from raymerge.pipelines.fuse_request import Fusion, Meant, merges_of
-from raymerge.pipelines.fusion_figures import SCHEMA
+from raymerge.pipelines.fusion.figures import SCHEMA
+from raymerge.pipelines.fusion.request import Fusion, Meant, merges_of
 
 if TYPE_CHECKING:
     from raymerge.adapters import LoraAdapter

@@ -8,7 +8,7 @@ from typing import Any
 
 from raymerge.evaluation.wording import UNKNOWN, number, printable, size
 from raymerge.merging.settings import Setting
-from raymerge.pipelines.fusion_figures import Contributor, Fused
+from raymerge.pipelines.fusion.figures import Contributor, Fused
 
 NAME, SWEEP_NAME = "fusion_report.md", "sweep_report.md"
 _MOST_COLUMNS = 12  # inputs up to which the matrix of cosines is printed whole

@@ -14,9 +14,9 @@ from rich.text import Text
 from raymerge.evaluation.drawing import short
 from raymerge.evaluation.similarity_map import brief
 from raymerge.evaluation.wording import UNKNOWN, printable, size
-from raymerge.pipelines.inspect_adapter import Inspected
-from raymerge.pipelines.inspect_groups import Group
-from raymerge.pipelines.inspect_similarity import FEW, Similarity
+from raymerge.pipelines.inspection.adapter import Inspected
+from raymerge.pipelines.inspection.groups import Group
+from raymerge.pipelines.inspection.similarity import FEW, Similarity
 
 _LISTED = 8  # names in a line of prose
 _PAIRS = 8  # nearest pairs shown

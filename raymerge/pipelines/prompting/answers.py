@@ -8,7 +8,7 @@ from typing import Any
 
 from raymerge.config import DEFAULT_ENCODER
 from raymerge.evaluation.capabilities import Kept, Respondent, Scores
-from raymerge.pipelines.prompt_file import Prompt
+from raymerge.pipelines.prompting.file import Prompt
 
 
 @dataclass(frozen=True)

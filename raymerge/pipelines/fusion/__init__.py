@@ -1,0 +1,1 @@
+"""What `raymerge fuse` is made of; the door is `pipelines.fuse`."""

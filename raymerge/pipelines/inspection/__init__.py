@@ -1,0 +1,1 @@
+"""What `raymerge inspect` is made of; the door is `pipelines.inspect`."""

@@ -1,0 +1,1 @@
+"""What `raymerge prompt` is made of; the door is `pipelines.prompt`."""

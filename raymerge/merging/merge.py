@@ -140,7 +140,7 @@ def _truncate(site: Site, combined: Combined, scale: float) -> Truncation:
     """anchor + scale * merged, at the best rank that the site's rule allows."""
     anchor = site.anchor
     if isinstance(combined, Dense):
-        S = combined.delta.double() * scale
+        S = combined.delta.double().mul_(scale)
         if anchor is not None:
             S.addmm_(anchor.B.double(), anchor.A.double(), alpha=anchor.scaling)
         return truncate_formed(S, site.rule, site.kept)
@@ -155,13 +155,13 @@ def _truncate(site: Site, combined: Combined, scale: float) -> Truncation:
     return truncate(site.shape, [f.rank for f in factors], lambda: factors, rule, kept=site.kept, as_is=True)
 
 
-def _weighted(site: Site, coefficients: Sequence[float]) -> Iterator[Factor]:
-    """anchor + sum(c_i (a_i - anchor)), as anchor * (1 - sum(c_i)) + sum(c_i a_i), read expert by expert.
+def _weighted(site: Site, coefficients: Sequence[float], anchored: float = 1.0) -> Iterator[Factor]:
+    """anchored * anchor + sum(c_i (a_i - anchor)), as (anchored - sum(c_i)) * anchor + sum(c_i a_i), read one by one.
 
     Nothing is rounded here: coefficients and scalings travel beside the factors.
     """
     if site.anchor is not None:
-        yield Factor(site.anchor.B, site.anchor.A, (1.0 - sum(coefficients)) * site.anchor.scaling)
+        yield Factor(site.anchor.B, site.anchor.A, (anchored - sum(coefficients)) * site.anchor.scaling)
     for module, coefficient in zip(site.read(), coefficients, strict=True):
         if module is not None:
             yield Factor(module.B, module.A, coefficient * module.scaling)
@@ -186,16 +186,8 @@ def _norm(site: Site, combined: Combined) -> float:
     if not isinstance(combined, Weighted):
         factors = list(combined.factors)
         return sum_norm(site.shape, [f.rank for f in factors], lambda: factors)
-    start = site.anchor
-
-    def differences() -> Iterator[Factor]:
-        if start is not None:
-            yield Factor(start.B, start.A, -sum(combined.coefficients) * start.scaling)
-        for module, coefficient in zip(site.read(), combined.coefficients, strict=True):
-            if module is not None:
-                yield Factor(module.B, module.A, coefficient * module.scaling)
-
-    return sum_norm(site.shape, [*site.ranks, 0 if start is None else start.rank], differences)
+    ranks = [*site.ranks, 0 if site.anchor is None else site.anchor.rank]
+    return sum_norm(site.shape, ranks, lambda: _weighted(site, combined.coefficients, anchored=0.0))
 
 
 def _matched(merging: Merge, norms: Sequence[float]) -> float:

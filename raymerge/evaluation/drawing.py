@@ -17,7 +17,6 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from raymerge.evaluation.scores import Kind
-from raymerge.evaluation.wording import printable
 
 INK, MUTED, LINE, PAPER = "#1b1f24", "#5c6670", "#d5dae0", "#ffffff"
 KIND_COLOURS: dict[Kind, str] = {
@@ -74,12 +73,6 @@ def styled() -> Iterator[None]:
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
         yield
-
-
-def short(name: str, length: int = 22) -> str:
-    """A name that fits a label: control characters out, cut with an ellipsis."""
-    clean = printable(name)
-    return clean if len(clean) <= length else clean[: length - 1] + "…"
 
 
 def png(figure: Figure) -> bytes:

@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from raymerge.evaluation.comparison import Comparison
-from raymerge.evaluation.drawing import INK, KIND_COLOURS, KIND_MARKERS, LINE, MUTED, PAPER, bare, short
+from raymerge.evaluation.drawing import INK, KIND_COLOURS, KIND_MARKERS, LINE, MUTED, PAPER, bare
 from raymerge.evaluation.exhibits import RoutingMap
 from raymerge.evaluation.rows import REGRESSION, Row
-from raymerge.evaluation.wording import duration
+from raymerge.evaluation.wording import duration, short
 
 POINTS = 400  # personas drawn in a scatter panel; an even choice of the sorted names where there are more
 CLUSTERS = 12  # clusters drawn as boxes: the largest ones

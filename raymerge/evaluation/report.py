@@ -131,7 +131,7 @@ def _svgs(comparison: Comparison) -> dict[str, Any]:
 
 def _svg(figure: Any, label: str) -> Markup:
     """Safe to print as it is: matplotlib escapes the texts in a figure, `drawing.svg` the label."""
-    return Markup(drawing.svg(figure, drawing.short(label, 400)))
+    return Markup(drawing.svg(figure, wording.short(label, 400)))
 
 
 def _spoken(rows: Sequence[Row]) -> str:

@@ -7,7 +7,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from raymerge.evaluation.drawing import INK, KIND_COLOURS, LINE, PAPER, bare, short
+from raymerge.evaluation.drawing import INK, KIND_COLOURS, LINE, PAPER, bare
+from raymerge.evaluation.wording import short
 
 NAMED = 60  # rows up to which each has its name
 WRITTEN = 14  # rows up to which each cell has its number

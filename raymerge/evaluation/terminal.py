@@ -6,9 +6,9 @@ from rich.table import Table
 from rich.text import Text
 
 from raymerge.evaluation.comparison import Comparison
-from raymerge.evaluation.drawing import KIND_SIGNS, short
+from raymerge.evaluation.drawing import KIND_SIGNS
 from raymerge.evaluation.rows import Row
-from raymerge.evaluation.wording import number, p_value, percent, printable, signed
+from raymerge.evaluation.wording import number, p_value, percent, printable, short, signed
 
 STYLES = {"recipe": "bold blue", "reference": "default", "control": "yellow", "ceiling": "green", "external": "magenta"}
 NOTES_SHOWN = 12

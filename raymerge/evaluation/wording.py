@@ -63,6 +63,14 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
+def short(name: str, length: int = 22) -> str:
+    """A name that fits a label or a column: control characters out, and cut in the middle, since names in a row often
+    differ at the end."""
+    clean = printable(name)
+    end = (length - 1) // 3
+    return clean if len(clean) <= length else f"{clean[: length - 1 - end]}…{clean[len(clean) - end :]}"
+
+
 def cut(text: str, length: int) -> str:
     """The text up to a length, with an ellipsis where it goes on."""
     return text if len(text) <= length else text[:length] + "…"

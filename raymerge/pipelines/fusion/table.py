@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from raymerge.evaluation.wording import UNKNOWN, number, printable, size
+from raymerge.evaluation.wording import UNKNOWN, number, printable, short, size
 from raymerge.pipelines.fusion.figures import Fused
 from raymerge.pipelines.fusion.report import error_in_words, headline, joined, pairs, span_in_words, weight_in_words
 
@@ -24,7 +24,7 @@ def one(fused: Fused) -> RenderableType:
     bases = {expert.base_model for expert in fused.experts}
     table = _table(["adapter", *(["base"] if len(bases) > 1 else []), "rank", "norm", "weight", "cosine"])
     for expert in fused.experts[:_ROWS]:
-        base = [_name((expert.base_model or UNKNOWN).rstrip("/").rsplit("/", 1)[-1])] if len(bases) > 1 else []
+        base = [_name((expert.base_model or UNKNOWN).rstrip("/").rsplit("/", 1)[-1], 16)] if len(bases) > 1 else []
         table.add_row(
             _name(expert.name), *base, span_in_words(expert.rank), f"{expert.norm:.4g}",
             weight_in_words(expert.weight), number(expert.cosine, 3),
@@ -63,7 +63,7 @@ def sweep(found: Sequence[Fused]) -> RenderableType:
         known = [cosine for cosine in there if cosine is not None]
         shown = [number(cosine, 3) for cosine in there] if every else [number(min(known, default=None), 3)]
         table.add_row(
-            _name(fused.name), f"{figures.norm:.3g}", number(figures.ratio, 2), error_in_words(figures.error),
+            _name(fused.name, 16), f"{figures.norm:.3g}", number(figures.ratio, 2), error_in_words(figures.error),
             span_in_words(figures.rank), size(figures.size), *shown,
         )  # fmt: skip
     legend = "ratio: norm over the inputs' weighted norms; error: what rank and rounding lose"
@@ -79,7 +79,7 @@ def sweep(found: Sequence[Fused]) -> RenderableType:
 
 def _table(headers: Sequence[str]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    for header, width in (("adapter", 18), ("base", 16), ("rank", 9), ("norm", 9), ("weight", 13), ("cosine", 6)):
+    for header, width in (("adapter", 26), ("base", 16), ("rank", 9), ("norm", 9), ("weight", 13), ("cosine", 6)):
         if header in headers:
             left = header in ("adapter", "base")
             table.add_column(
@@ -128,5 +128,5 @@ def _said(fused: Fused) -> list[RenderableType]:
     ]
 
 
-def _name(text: str) -> Text:
-    return Text(printable(text))
+def _name(text: str, length: int = 26) -> Text:
+    return Text(short(text, length))

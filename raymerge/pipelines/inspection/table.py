@@ -11,9 +11,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from raymerge.evaluation.drawing import short
 from raymerge.evaluation.similarity_map import brief
-from raymerge.evaluation.wording import UNKNOWN, printable, size
+from raymerge.evaluation.wording import UNKNOWN, printable, short, size
 from raymerge.pipelines.inspection.adapter import Inspected
 from raymerge.pipelines.inspection.groups import Group
 from raymerge.pipelines.inspection.similarity import FEW, Similarity

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raymerge.evaluation.capabilities import Kept, Respondent, Scores
-from raymerge.evaluation.wording import UNKNOWN, cut, number, percent, printable
+from raymerge.evaluation.wording import UNKNOWN, cut, number, percent, printable, short
 from raymerge.pipelines.prompting.answers import Answers
 
 SHOWN = 8  # prompts shown before their scores; all of them where there are none
@@ -78,7 +78,7 @@ def _matrices(scores: Scores, metric: str, width: int) -> Iterator[RenderableTyp
         table.add_column("", no_wrap=True, overflow="ellipsis", max_width=_NAME)
         for name in columns:
             table.add_column(
-                Text(printable(name)), justify="right", no_wrap=True, overflow="ellipsis", max_width=_COLUMN
+                Text(short(name, _COLUMN)), justify="right", no_wrap=True, overflow="ellipsis", max_width=_COLUMN
             )
         table.add_row(
             Text("prompts", style="dim"), *(Text(f"{scores.prompts[name]:,}", style="dim") for name in columns)
@@ -147,7 +147,7 @@ def _figure(value: float, metric: str, style: str = "") -> Text:
 
 
 def _name(respondent: Respondent) -> Text:
-    return Text(printable(respondent.name), style=_STYLES[respondent.kind])
+    return Text(short(respondent.name, _NAME), style=_STYLES[respondent.kind])
 
 
 def _lines(text: str, style: str = "") -> Text:

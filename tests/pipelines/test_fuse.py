@@ -292,7 +292,7 @@ def test_a_sweep_is_its_fuses_side_by_side(here, capsys, monkeypatch):
     )
     report = (here / "out/sweep_report.md").read_text()
     for name in names:
-            assert name[:10] in out
+        assert name[:10] in out
         assert (here / "out" / name / "fusion_report.md").exists()
         assert f"[{name}]({name}/fusion_report.md)" in report
     a, b = load_adapter("p0"), load_adapter("p4")

@@ -154,6 +154,8 @@ def _explained(tally: _Tally, square: float, ours: Merge) -> Explanation:
         return Explanation(call.library, written, None, None, "nothing is left of the merge to compare with")
     difference, ratio = math.sqrt(tally.apart / square), math.sqrt(max(tally.square, 0.0) / square)
     reason = "the same delta" if difference <= SAME else call.reason
+    if "seed" in type(ours.parameters).model_fields:
+        reason += "; with the random draws of ours, which that library would not make"
     if call.library == "peft" and any(h.biased for row in ours.inputs.headers.values() for h in row if h is not None):
         reason += "; trained biases are lost"
     return Explanation(call.library, written, difference, ratio, reason)

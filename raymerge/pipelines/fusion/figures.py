@@ -153,10 +153,11 @@ def cautions(figures: Figures, merges: Mapping[str, Any], weights: Sequence[Sett
         found.append(f"The rank loses {percent(figures.error)} of the merge (relative Frobenius error).{more}")
     asked = merges["scale"] != 1 or any(weight < 0 for weight in weights if isinstance(weight, int | float))
     averaged = degree == 1 and merges["dialect"] == "delta" and not asked
-    if averaged and figures.ratio is not None and figures.ratio < _SHRUNK:
+    before = (figures.ratio or 0.0) / math.sqrt(max(1 - figures.error**2, 1e-12))  # the rank took its part of the norm
+    if averaged and 0 < before < _SHRUNK:
         found.append(
-            f"The result's norm is {figures.ratio:.2f} of the inputs' weighted norms: deltas that point apart shrink "
-            "when they are averaged. --scale match_norm restores it."
+            f"The merge's norm is {before:.2f} of the inputs' weighted norms: deltas that point apart shrink when they "
+            "are combined. --scale match_norm restores it."
         )
     return found
 

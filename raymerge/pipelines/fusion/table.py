@@ -26,7 +26,7 @@ def one(fused: Fused) -> RenderableType:
     for expert in fused.experts[:_ROWS]:
         base = [_name((expert.base_model or UNKNOWN).rstrip("/").rsplit("/", 1)[-1], 16)] if len(bases) > 1 else []
         table.add_row(
-            _name(expert.name), *base, span_in_words(expert.rank), f"{expert.norm:.4g}",
+            _name(expert.name, 18 if base else 26), *base, span_in_words(expert.rank), f"{expert.norm:.4g}",
             weight_in_words(expert.weight), number(expert.cosine, 3),
         )  # fmt: skip
     if len(fused.experts) > _ROWS:
@@ -79,7 +79,8 @@ def sweep(found: Sequence[Fused]) -> RenderableType:
 
 def _table(headers: Sequence[str]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    for header, width in (("adapter", 26), ("base", 16), ("rank", 9), ("norm", 9), ("weight", 13), ("cosine", 6)):
+    named = 18 if "base" in headers else 26
+    for header, width in (("adapter", named), ("base", 16), ("rank", 9), ("norm", 9), ("weight", 13), ("cosine", 6)):
         if header in headers:
             left = header in ("adapter", "base")
             table.add_column(

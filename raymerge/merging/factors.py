@@ -43,6 +43,14 @@ def stack(factors: Sequence[Factor]) -> Stacked:
     return Stacked(rows, A, torch.tensor(weights, dtype=torch.float64, device=A.device))
 
 
+def is_identity(X: Tensor) -> bool:
+    """Whether a factor is one: dense deltas are products with it, and need no multiplication."""
+    size = int(X.shape[0])
+    if X.shape[1] != size or bool(X[0, 0] != 1):
+        return False
+    return int(torch.count_nonzero(X)) == size and bool((X.diagonal() == 1).all())
+
+
 def gram_of_rows(X: Tensor) -> Tensor:
     """X X^T, of which only the blocks up to the diagonal are multiplied out."""
     count = X.shape[0]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from raymerge.adapters.adapter import LoraAdapter, LoraModule
-from raymerge.merging.factors import inner
+from raymerge.merging.factors import inner, is_identity
 from raymerge.merging.shapes import check_shapes
 
 Precision = Literal["float64", "float32", "bfloat16"]
@@ -108,9 +108,9 @@ def _is_dense(shape: tuple[int, int], rank: int) -> bool:
 def _dense(module: LoraModule) -> Tensor:
     """The delta of such a module, unscaled: (out_features, in_features)."""
     A, B = module.A.detach(), module.B.detach()
-    if B.shape[0] == B.shape[1] and torch.equal(B, torch.eye(len(B), dtype=B.dtype, device=B.device)):
+    if is_identity(B):
         return A
-    if A.shape[0] == A.shape[1] and torch.equal(A, torch.eye(len(A), dtype=A.dtype, device=A.device)):
+    if is_identity(A):
         return B
     return B.double() @ A.double()
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from raymerge.merging.factors import Factor
+from raymerge.merging.factors import Factor, is_identity
 from raymerge.merging.masks import ROWS
 from raymerge.merging.site import Site
 
@@ -207,18 +207,11 @@ def gather(site: Site, *, weighted: bool) -> Experts:
 
 def _product(factor: Factor, weight: float, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     A, B = factor.A.detach().to(dtype), factor.B.detach().to(dtype)
-    if _is_identity(A):
+    if is_identity(A):
         return B * weight, None
-    if _is_identity(B):
+    if is_identity(B):
         return None, A * weight
     return B * weight, A.contiguous()
-
-
-def _is_identity(X: Tensor) -> bool:
-    size = int(X.shape[0])
-    if X.shape[1] != size or bool(X[0, 0] != 1):
-        return False
-    return int(torch.count_nonzero(X)) == size and bool((X.diagonal() == 1).all())
 
 
 def _nbytes(factors: Sequence[Factor], dtype: torch.dtype) -> int:

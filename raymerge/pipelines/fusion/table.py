@@ -12,6 +12,7 @@ from rich.text import Text
 from raymerge.evaluation.wording import UNKNOWN, number, printable, short, size
 from raymerge.pipelines.fusion.figures import Fused
 from raymerge.pipelines.fusion.report import error_in_words, headline, joined, pairs, span_in_words, weight_in_words
+from raymerge.storage import name_of
 
 _ROWS = 24  # inputs shown
 _WIDTH = 7  # of a name above a column
@@ -24,7 +25,7 @@ def one(fused: Fused) -> RenderableType:
     bases = {expert.base_model for expert in fused.experts}
     table = _table(["adapter", *(["base"] if len(bases) > 1 else []), "rank", "norm", "weight", "cosine"])
     for expert in fused.experts[:_ROWS]:
-        base = [_name((expert.base_model or UNKNOWN).rstrip("/").rsplit("/", 1)[-1], 16)] if len(bases) > 1 else []
+        base = [_name(name_of(expert.base_model or UNKNOWN), 16)] if len(bases) > 1 else []
         table.add_row(
             _name(expert.name, 18 if base else 26), *base, span_in_words(expert.rank), f"{expert.norm:.4g}",
             weight_in_words(expert.weight), number(expert.cosine, 3),

@@ -16,6 +16,7 @@ from raymerge.evaluation.wording import UNKNOWN, printable, short, size
 from raymerge.pipelines.inspection.adapter import Inspected
 from raymerge.pipelines.inspection.groups import Group
 from raymerge.pipelines.inspection.similarity import FEW, Similarity
+from raymerge.storage import name_of
 
 _LISTED = 8  # names in a line of prose
 _PAIRS = 8  # nearest pairs shown
@@ -45,7 +46,7 @@ def _table(adapters: Sequence[Inspected]) -> Table:
     for header in ("rank", "alpha", "mod.", "dtype", "size", "norm"):
         table.add_column(header, justify="right", no_wrap=True)
     for one in adapters:
-        base = (one.base_model or UNKNOWN).rstrip("/").rpartition("/")[2]
+        base = name_of(one.base_model or UNKNOWN)
         table.add_row(
             Text(short(one.name, 22)), _FORMATS.get(one.format or "", UNKNOWN), Text(short(base, 14)),
             _span(one.ranks), _span(one.alphas), str(len(one.headers or {})),

@@ -34,6 +34,11 @@ class Inputs:
     rule: RankRule
 
     @property
+    def adapters(self) -> tuple[LoraAdapter, ...]:
+        """Experts, and the anchor last where there is one."""
+        return _together(self.experts, self.anchor)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The experts' names, sorted."""
         return tuple(expert.name for expert in self.experts)
@@ -92,10 +97,14 @@ def check_inputs(
                 "random. Give one of them another name."
             )
     headers = _headers(experts, anchor)
-    whole = sorted({name for adapter in (*experts, *((anchor,) if anchor else ())) for name in adapter.whole})
+    whole = sorted({name for adapter in _together(experts, anchor) for name in adapter.whole})
     places = depths([*headers, *whole])
     settings = tuple(_weight(adapters[i].name, weights[i], places) for i in order)
     return Inputs(experts, settings, anchor, headers, whole, places, rule)
+
+
+def _together(experts: tuple[LoraAdapter, ...], anchor: LoraAdapter | None) -> tuple[LoraAdapter, ...]:
+    return experts if anchor is None else (*experts, anchor)
 
 
 def listed_weights(names: Sequence[str], weights: Weights) -> Sequence[Setting]:
@@ -118,8 +127,10 @@ def _unequal(adapters: int, weights: int) -> Sequence[Setting]:
     raise MergeError(f"{adapters} adapters and {weights} weights.\nExpected one weight for each adapter.")
 
 
-def _headers(experts: Sequence[LoraAdapter], anchor: LoraAdapter | None) -> Mapping[str, Sequence[ModuleHeader | None]]:
-    adapters = (*experts, *((anchor,) if anchor is not None else ()))
+def _headers(
+    experts: tuple[LoraAdapter, ...], anchor: LoraAdapter | None
+) -> Mapping[str, Sequence[ModuleHeader | None]]:
+    adapters = _together(experts, anchor)
     headers_of = [adapter.headers for adapter in adapters]
     paths = sorted({path for headers in headers_of for path in headers})
     table = {path: [headers.get(path) for headers in headers_of] for path in paths}

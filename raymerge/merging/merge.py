@@ -260,7 +260,7 @@ def _scale(scale: Scale) -> float | None:
 
 def _dtype(dtype: torch.dtype | str | None, inputs: Inputs) -> torch.dtype:
     if dtype is None:
-        return widest_dtype((*inputs.experts, *((inputs.anchor,) if inputs.anchor else ())))
+        return widest_dtype(inputs.adapters)
     chosen = _FLOATS.get(dtype) if isinstance(dtype, str) else dtype
     if chosen is None or chosen not in _FLOATS.values():
         raise MergeError(f"dtype {dtype!r} cannot hold an adapter.\nAllowed: {', '.join(_FLOATS)}.")

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from raymerge.adapters.adapter import LoraAdapter, LoraModule
-from raymerge.errors import MergeError, unknown
-from raymerge.merging.dialects import DIALECTS
+from raymerge.errors import MergeError
+from raymerge.merging.dialects import method_of
 from raymerge.merging.gram import inner_of, squared_norm_of
 from raymerge.merging.inputs import Inputs, Weights, check_inputs, check_patterns
-from raymerge.merging.methods import METHODS, Method, named
+from raymerge.merging.methods import Method
 from raymerge.merging.methods.parameters import Parameters
 from raymerge.merging.rank import parse_rank
 from raymerge.merging.site import Combined, Site
@@ -72,10 +72,7 @@ def prepare(
 
     Raises MergeError, RankError.
     """
-    known = {"delta": METHODS, **DIALECTS}
-    if dialect not in known:
-        raise MergeError(unknown("dialect", dialect, known))
-    chosen = named(method, known[dialect], "" if dialect == "delta" else f" of dialect {dialect}")
+    chosen = method_of(method, dialect)
     parameters = chosen.resolve(method_parameters)
     rule = parse_rank(rank)
     inputs = check_inputs(adapters, weights, anchor, rule)
@@ -91,8 +88,8 @@ def prepare(
 
 def _refuse_dense(inputs: Inputs, why: str) -> None:
     for path, headers in inputs.headers.items():
-        for adapter, header in zip((*inputs.experts, inputs.anchor), headers, strict=False):
-            if adapter is not None and header is not None and header.nominal is not None:
+        for adapter, header in zip(inputs.adapters, headers, strict=True):
+            if header is not None and header.nominal is not None:
                 raise MergeError(f"{adapter.name}: {path} is DoRA, a delta of full rank, which {why}.")
 
 

@@ -48,9 +48,8 @@ def merge_whole(
     """Merged whole tensors by name, each in the widest dtype of the experts'. method: its name, or nothing for one of a
     dialect. Raises MergeError, naming the tensor, where the base is needed and not given."""
     merged = {}
-    adapters = (*inputs.experts, *(() if inputs.anchor is None else (inputs.anchor,)))
     for name in inputs.whole:
-        owners = [adapter for adapter in adapters if name in adapter.whole]
+        owners = [adapter for adapter in inputs.adapters if name in adapter.whole]
         lacked = base is not None and base.lacks(name)
         if base is None or lacked:
             _check_mean(name, owners[0].name, inputs, scale, method, lacked=lacked)

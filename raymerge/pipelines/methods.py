@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.text import Text
 
 from raymerge.errors import MergeError
-from raymerge.merging.methods import Method, named
-from raymerge.pipelines.fusion.options import methods_of
+from raymerge.merging.dialects import method_of, methods_of
+from raymerge.merging.methods import Method
 
 
 def methods(names: Sequence[str] = (), *, dialect: str = "delta") -> int:
@@ -20,9 +20,7 @@ def methods(names: Sequence[str] = (), *, dialect: str = "delta") -> int:
 
     Returns the exit status.
     """
-    known = methods_of(dialect)
-    within = "" if dialect == "delta" else f" of dialect {dialect}"
-    chosen = [named(name, known, within) for name in names] or list(known.values())
+    chosen = [method_of(name, dialect) for name in names] or list(methods_of(dialect).values())
     console = Console()
     for number, method in enumerate(chosen):
         if number and names:

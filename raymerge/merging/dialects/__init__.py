@@ -10,14 +10,15 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from raymerge.errors import MergeError, unknown
 from raymerge.merging.dialects import parameters as p
-from raymerge.merging.methods import Method
+from raymerge.merging.methods import METHODS, Method
 from raymerge.merging.methods.parameters import NoParameters
 
 if TYPE_CHECKING:
     from raymerge.merging.site import Combined
 
-__all__ = ["DIALECTS"]
+__all__ = ["DIALECTS", "method_of", "methods_of"]
 
 
 def _peft(function: str) -> Callable[..., Combined]:
@@ -86,3 +87,20 @@ DIALECTS: Mapping[str, Mapping[str, Method]] = {
         ),
     },
 }  # fmt: skip
+
+
+def methods_of(dialect: str) -> Mapping[str, Method]:
+    """The methods of a dialect; those of `delta` are our own. Raises MergeError, with the allowed names, if there is
+    no such dialect."""
+    known = {"delta": METHODS, **DIALECTS}
+    if dialect not in known:
+        raise MergeError(unknown("dialect", dialect, known))
+    return known[dialect]
+
+
+def method_of(name: str, dialect: str) -> Method:
+    """A method of a dialect by its name. Raises MergeError, with the nearest names, if there is none."""
+    known = methods_of(dialect)
+    if name not in known:
+        raise MergeError(unknown("method" if dialect == "delta" else f"method of dialect {dialect}", name, known))
+    return known[name]

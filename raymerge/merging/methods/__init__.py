@@ -73,14 +73,6 @@ class Method:
             )
 
 
-def named(name: str, methods: Mapping[str, Method] | None = None, where: str = "") -> Method:
-    """A method by its name. Raises MergeError, with the nearest names, if there is none."""
-    known = METHODS if methods is None else methods
-    if name not in known:
-        raise MergeError(unknown(f"method{where}", name, known))
-    return known[name]
-
-
 def _spherical() -> Any:
     import raymerge.merging.methods.spherical as spherical
 

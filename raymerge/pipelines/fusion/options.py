@@ -14,8 +14,7 @@ import yaml
 from raymerge import storage
 from raymerge.adapters.formats import FORMATS
 from raymerge.errors import MergeError, RaymergeError, unknown
-from raymerge.merging.dialects import DIALECTS
-from raymerge.merging.methods import METHODS, Method, named
+from raymerge.merging.dialects import method_of
 from raymerge.merging.rank import parse_rank
 from raymerge.merging.settings import Setting, checked
 from raymerge.pipelines.fusion.request import Fusion, Meant, Request, Source
@@ -38,33 +37,20 @@ def understand(request: Request) -> Meant:
     out = storage.resolve(os.getcwd(), request.out)
     equal = request.weights is None and request.weights_file is None
     name = request.name or storage.name_of(out)
-    methods = methods_of(request.dialect)
+    method = method_of(request.method, request.dialect)
     if request.explain and request.dialect != "delta":
         raise MergeError("--explain: says how others differ from dialect delta.\nLeave out --dialect.")
     if request.format not in FORMATS:
         raise MergeError(f"--format: {unknown('format', request.format, FORMATS)}")
-    plain = Fusion(name, out, named(request.method, methods, _within(request.dialect)), parameters, weights, equal)
+    plain = Fusion(name, out, method, parameters, weights, equal)
     if request.sweep is None:
         plain.method.resolve(parameters)
         fusions = [plain]
     else:
-        fusions = _sweep(request, plain, methods)
+        fusions = _sweep(request, plain)
     for fusion in fusions:
         fusion.method.check_experts(len(sources))
     return Meant(request, sources, tuple(fusions), _rank(request), _scale(request.scale))
-
-
-def methods_of(dialect: str) -> Mapping[str, Method]:
-    """The methods of a dialect. Raises MergeError, with the allowed names, if there is no such dialect."""
-    if dialect == "delta":
-        return METHODS
-    if dialect not in DIALECTS:
-        raise MergeError(unknown("dialect", dialect, ["delta", *DIALECTS]))
-    return DIALECTS[dialect]
-
-
-def _within(dialect: str) -> str:
-    return "" if dialect == "delta" else f" of dialect {dialect}"
 
 
 def named_parameters(given: Sequence[str], plain: Mapping[str, str | None]) -> dict[str, str]:
@@ -212,11 +198,11 @@ def _scale(text: str) -> Any:
     return float(value)
 
 
-def _sweep(request: Request, plain: Fusion, methods: Mapping[str, Method]) -> list[Fusion]:
+def _sweep(request: Request, plain: Fusion) -> list[Fusion]:
     """The fusions of a sweep. Parameters given beside it hold for every method that has them."""
     fusions: list[Fusion] = []
     for item in _split(request.sweep or "", ","):
-        fusion = _item(item.strip(), plain, methods, _within(request.dialect))
+        fusion = _item(item.strip(), plain, request.dialect)
         if any(fusion.folder == other.folder for other in fusions):
             raise MergeError(f"--sweep {request.sweep}: {item} is there twice.")
         fusions.append(fusion)
@@ -238,11 +224,11 @@ def _split(text: str, separator: str) -> list[str]:
     return parts
 
 
-def _item(item: str, plain: Fusion, methods: Mapping[str, Method], within: str) -> Fusion:
+def _item(item: str, plain: Fusion, dialect: str) -> Fusion:
     """`70/30`, `METHOD`, `METHOD:VALUE` of its main parameter, `METHOD:NAME=VALUE`, and shares behind any of them."""
     where = f"--sweep {item}"
     parts = _split(item, ":")
-    method = plain.method if _SHARES.fullmatch(parts[0]) else named(parts.pop(0), methods, within)
+    method = plain.method if _SHARES.fullmatch(parts[0]) else method_of(parts.pop(0), dialect)
     given = {key: value for key, value in plain.parameters.items() if key in method.parameters.model_fields}
     fusion = replace(plain, method=method)
     for part in parts:

@@ -84,14 +84,21 @@ def weight_files(location: str) -> tuple[str, str]:
     return storage.join(folder, weights), storage.join(folder, CONFIG)
 
 
-def adapter_digest(location: str) -> str:
-    """Content digest of the two files that make an adapter. Raises AdapterError if one is missing, or the adapter was
-    begun and never finished."""
-    check_finished(location)
+def adapter_digest(location: str, name: str | None = None) -> str:
+    """Content digest of the two files that make an adapter. name: by which errors begin.
+
+    Raises AdapterError if a file is missing, or the adapter was begun and never finished.
+    """
     try:
+        check_finished(location)
         return storage.digest_value([storage.digest(file) for file in weight_files(location)])
+    except AdapterError as error:
+        if name is None or str(error).startswith(name):
+            raise
+        raise type(error)(f"{name}: {error}") from error
     except OSError as error:
-        raise AdapterError(f"{location}: there is no adapter.\n{error}") from error
+        where = location if name is None else f"{name}: {location}"
+        raise AdapterError(f"{where}: there is no adapter.\n{error}") from error
 
 
 def _peft_folder(location: str, name: str | None) -> str:

@@ -73,10 +73,7 @@ def find_inputs(task: MergeTask) -> MergeInputs:
     digests = {}
     found = {}
     for expert in task.experts:
-        try:
-            digests[expert.name] = adapter_digest(expert.location)
-        except AdapterError as error:
-            raise AdapterError(f"{expert.name}: {error}") from error
+        digests[expert.name] = adapter_digest(expert.location, expert.name)
         found[expert.name] = describe(expert.location, expert.name, digests[expert.name])
     anchor = _anchor(task, found)
     anchor_digest = adapter_digest(anchor) if anchor else None

@@ -142,7 +142,9 @@ def test_dora_is_embedded_by_its_deltas(tmp_path):
 def test_each_adapter_is_digested_once_in_a_merge(tmp_path, monkeypatch):
     task = task_of(tmp_path, "plain", anchor=str(save_plain(tmp_path / "start", 30)))
     asked = []
-    monkeypatch.setattr(experts, "adapter_digest", lambda location: asked.append(location) or adapter_digest(location))
+    monkeypatch.setattr(
+        experts, "adapter_digest", lambda location, *name: asked.append(location) or adapter_digest(location, *name)
+    )
     merge_to_folder(task, ExpertCache(10**6))
     assert sorted(asked) == sorted([*(e.location for e in task.experts), str(tmp_path / "start")])
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from raymerge import storage
 from raymerge.adapters.formats import adapter_digest, open_adapter, read_adapter, weight_files
-from raymerge.errors import AdapterError, ModelError
+from raymerge.errors import ModelError
 from raymerge.merging.rank import parse_rank
 from raymerge.pipelines.fusion.figures import SCHEMA
 from raymerge.pipelines.fusion.request import Fusion, Meant, merges_of
@@ -59,7 +59,7 @@ def open_inputs(meant: Meant) -> Loaded:
     count = len(meant.sources)
     experts, anchor = tuple(adapters[:count]), adapters[count] if request.anchor is not None else None
     _check_together(meant, experts, anchor)
-    digests = [_digest(location, name) for location, name in _places(meant)]
+    digests = [adapter_digest(location, name) for location, name in _places(meant)]
     needs_base = any(one.whole_shapes or _is_dora(one) for one in adapters)
     loaded = Loaded(
         experts,
@@ -152,14 +152,6 @@ def _check_mlx(loaded: Loaded, name: str) -> None:
 def _is_dora(adapter: LoraAdapter) -> bool:
     """Whether it was read with its base: its modules have the rank of factors that are no longer there."""
     return any(header.nominal is not None for header in adapter.headers.values())
-
-
-def _digest(location: str, name: str) -> str:
-    try:
-        return adapter_digest(location)
-    except AdapterError as error:
-        text = str(error)
-        raise AdapterError(text if text.startswith(name) else f"{name}: {text}") from error
 
 
 def _state(location: str) -> str:

@@ -18,6 +18,7 @@ from raymerge.errors import ProjectError, unknown
 
 Grouping = Literal["persona", "cluster", "unified"]
 GROUPINGS: tuple[Grouping, ...] = ("persona", "cluster", "unified")
+Epochs = int | tuple[int, ...]
 NOT_RUNS = ("plots", "report.html", "comparison.json")  # what the report puts beside the runs
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -60,21 +61,33 @@ class Generation(Section):
 
 
 class Training(Section):
-    """LoRA training. `epochs`, `learning_rate` and `batch_size` may differ by grouping: {persona: 12, unified: 3}."""
+    """LoRA training. `epochs`, `learning_rate` and `batch_size` may differ by grouping: {persona: 12, unified: 3}.
+
+    Several epochs, [4, 8, 16], are tried on a part of the adapters, and validation examples choose.
+    """
 
     rank: int = Field(default=8, ge=1)
     alpha: float = Field(default=16, gt=0)
+    rslora: bool = False  # scaling alpha / sqrt(rank) instead of alpha / rank
+    dropout: float = Field(default=0.0, ge=0, lt=1)  # of what enters A
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    epochs: int | dict[Grouping, int] = 3
+    epochs: Epochs | dict[Grouping, Epochs] = 3
     learning_rate: float | dict[Grouping, float] = 2e-4
-    batch_size: int | dict[Grouping, int] = 8
+    batch_size: int | dict[Grouping, int] = 8  # rows of one adapter in an optimiser step
+    micro_batch: int | None = Field(default=None, ge=1)  # of these at once; None: all, fewer where memory runs out
+    gradient_checkpointing: bool = False
     warmup: float = Field(default=0.1, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
     clip: float = Field(default=1.0, gt=0)
+    patience: int | None = Field(default=None, ge=1)  # epochs without a better validation loss; the best is kept
+    max_length: int | None = Field(default=None, ge=2)  # tokens of a row; None is what the base knows
+    truncate: bool = False  # cut rows that are longer, instead of refusing them
     seed: int = 0
     shared_init: bool = True
     start_from: str | None = None
     adapters_per_item: int = Field(default=25, ge=1)
+    checkpoint_every: float = Field(default=300, ge=0)  # seconds
+    tensorboard: bool = False
 
     @model_validator(mode="after")
     def _every_grouping(self) -> Training:
@@ -82,8 +95,9 @@ class Training(Section):
             value = getattr(self, key)
             if isinstance(value, dict) and set(value) != set(GROUPINGS):
                 raise ValueError(f"{key}: give one number, or one for each of {', '.join(GROUPINGS)}")
-            numbers = value.values() if isinstance(value, dict) else [value]
-            if any(number <= 0 for number in numbers):
+            given = value.values() if isinstance(value, dict) else [value]
+            numbers = [n for one in given for n in (one if isinstance(one, tuple) else (one,))]
+            if not numbers or any(number <= 0 for number in numbers):
                 raise ValueError(f"{key}: must be above 0")
         return self
 
@@ -104,7 +118,16 @@ class Evaluation(Section):
     batch_size: int = Field(default=64, ge=1)
     split: Literal["validation", "test"] = "test"
     personas_per_item: int = Field(default=50, ge=1)
+    scales: tuple[float, ...] = (0.5, 0.7, 1.0, 1.4, 2.0)  # that `scale: tuned` chooses from, times match_norm
+    tuning_examples: int = Field(default=2, ge=1)  # validation examples of a persona that tuning looks at
     seed: int = 0
+
+    @field_validator("scales")
+    @classmethod
+    def _some_scales(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value or any(not 0 < scale < float("inf") for scale in value):
+            raise ValueError("give one scale or several, each above 0")
+        return value
 
 
 class Hardware(Section):

@@ -115,13 +115,16 @@ def training_items(
         prompt_format=project.generation.prompt_format,
         base_digest=base_digest(opened.need_base("training")),
         workspace=project.workspace,
+        folder="",
     )
     after = maker_of(project, start, trained)
     items = []
     for number, portion in enumerate(_portions(groups, sizes, settings.adapters_per_item)):
         label = "unified" if grouping == "unified" else portion[0].name if grouping == "cluster" else f"{number:04d}"
         name = f"train/{label}" if grouping == "unified" else f"train/{grouping}/{label}"
-        items.append(Item(name, "model", "train", replace(whole, groups=tuple(portion)), after=after, alone=True))
+        place = storage.join(project.shared_folder(), "training", name.removeprefix("train/"))
+        task = replace(whole, groups=tuple(portion), folder=place)
+        items.append(Item(name, "model", "train", task, after=after, alone=True))
     return items
 
 

@@ -48,10 +48,20 @@ class TrainGroup:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A number of epochs that was tried, and the folder of the evaluation on validation examples."""
+
+    epochs: int
+    evaluation: str
+
+
+@dataclass(frozen=True)
 class TrainTask:
-    """Adapters trained together against one resident base. All groups have the same number of rows.
+    """Adapters trained together against one resident base.
 
     training: the settings of one grouping (`config.Training.of`), as a mapping. base_digest: of the base model's files.
+    folder: for what is known while it runs: checkpoints, and progress for those who watch. trials: where `epochs` is
+    not a number but several, the evaluations that choose among them.
     """
 
     groups: tuple[TrainGroup, ...]
@@ -61,17 +71,47 @@ class TrainTask:
     prompt_format: str
     base_digest: str
     workspace: str
+    folder: str
+    trials: tuple[Trial, ...] = ()
+
+
+@dataclass(frozen=True)
+class PrefixTask:
+    """Prefixes trained by PEFT, one after the other, each written to its group's folder.
+
+    training: as of a TrainTask; `tokens` are the virtual tokens of a prefix.
+    """
+
+    groups: tuple[TrainGroup, ...]
+    tokens: int
+    personas: str
+    training: Mapping[str, Any]
+    prompt_format: str
+    base_digest: str
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Prompts that begin with the persona's own training examples, those whose prompts are most similar by `model`.
+
+    examples: how many, the most similar last. format: of one example, a text with {prompt} and {response} in it; with
+    prompt_format `chat` they are turns before the prompt.
+    """
+
+    examples: int
+    format: str
+    model: str
 
 
 @dataclass(frozen=True)
 class AnswerSource:
-    """What answers for one persona: an adapter in a folder, a merge made in memory, a mixture, or the base.
+    """What answers for one persona: an adapter or a prefix in a folder, a merge made in memory, a mixture, or the base.
 
     base: where the base model lies, for an adapter in a folder that is DoRA.
     """
 
     persona: str
-    kind: Literal["base", "adapter", "merge", "mixture"]
+    kind: Literal["base", "adapter", "prefix", "merge", "mixture"]
     location: str | None = None
     merge: MergeTask | None = None
     base: str | None = None
@@ -79,7 +119,10 @@ class AnswerSource:
 
 @dataclass(frozen=True)
 class EvaluateTask:
-    """Answers and scores for a part of a run's personas, written as one part of the evaluation."""
+    """Answers and scores for a part of a run's personas, written as one part of the evaluation.
+
+    retrieval: what prompts begin with, None for plain ones. most: of a persona's examples only the first so many.
+    """
 
     folder: str
     sources: tuple[AnswerSource, ...]
@@ -89,6 +132,8 @@ class EvaluateTask:
     similarity_model: str
     batch_size: int
     base_digest: str
+    retrieval: Retrieval | None = None
+    most: int | None = None
 
 
 @dataclass(frozen=True)

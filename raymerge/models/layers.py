@@ -23,6 +23,16 @@ def is_transposed(module: nn.Module) -> bool:
     return isinstance(module, Conv1D)
 
 
+def is_quantised(module: Any) -> bool:
+    """Whether a linear layer keeps its weight in fewer bits than it computes in: 4 or 8 bits of bitsandbytes.
+
+    Such a layer is an nn.Linear to look at. Its forward pass gives out the dtype it is given, and knows its gradient
+    with respect to the input; its weight cannot be read as (out_features, in_features).
+    """
+    weight = module.weight
+    return hasattr(weight, "quant_state") or not weight.is_floating_point()
+
+
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every linear layer by its dotted path."""
     return {name: module for name, module in model.named_modules() if is_linear(module)}
@@ -39,7 +49,7 @@ def shape_of(module: Any) -> tuple[int, int]:
 def frozen_weight(module: Any) -> Tensor:
     """A linear layer's weight as (out_features, in_features), a view. Raises ModelError if it is quantised."""
     weight: Tensor = module.weight.detach()
-    if not weight.is_floating_point():
+    if is_quantised(module):
         raise ModelError(f"the base model's weights are {weight.dtype}.\nExpected float32, bfloat16 or float16.")
     return weight.T if is_transposed(module) else weight
 

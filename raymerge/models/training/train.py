@@ -8,8 +8,7 @@ with the same rows in the same order gives (1e-4 relative in float32).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -29,60 +28,18 @@ from raymerge.models.stacked import (
     stack_module,
     unstack,
 )
+from raymerge.models.training.settings import (
+    Trained,
+    TrainingGroup,
+    TrainingSettings,
+    Unwatched,
+    Watch,
+    check_settings,
+    learning_rate,
+)
 
 # Tokens of one step: enough to keep the products large, few enough to stay in the caches of a CPU.
 _TOKENS = {"cpu": 4096, "cuda": 32768}
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """How an adapter is trained.
-
-    target_modules: `all-linear` (every linear layer but the output head), or module names as PEFT matches them (the
-        whole dotted path, or its end).
-    batch_size: rows of one adapter in a step. warmup: share of the steps in which the rate rises from 0; it then
-        falls along a cosine to 0. clip: largest gradient norm of one adapter.
-    shared_init: whether all adapters begin from one A. Adapters that share it merge with far less loss when
-        compressed, since their deltas share a row space.
-    max_length: most tokens of a row; None is what the model knows.
-    together: adapters trained at once; None chooses by the tokens of a step.
-    """
-
-    rank: int = 8
-    alpha: float = 16.0
-    target_modules: str | tuple[str, ...] = "all-linear"
-    epochs: int = 3
-    learning_rate: float = 2e-4
-    batch_size: int = 6
-    warmup: float = 0.1
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    seed: int = 0
-    shared_init: bool = True
-    max_length: int | None = None
-    together: int | None = None
-
-
-@dataclass(frozen=True)
-class TrainingGroup:
-    """The rows that one adapter is trained on: (rendered prompt, response)."""
-
-    name: str
-    rows: Sequence[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A trained adapter and its loss at each step, nats per answer token; `tokens` counts those it learned from."""
-
-    adapter: LoraAdapter
-    losses: tuple[float, ...] = field(repr=False)
-    tokens: int
-
-    @property
-    def diverged(self) -> bool:
-        """Whether a loss was NaN or infinite: such an adapter must not be used."""
-        return not all(math.isfinite(loss) for loss in self.losses)
 
 
 def train(
@@ -90,18 +47,19 @@ def train(
     groups: Sequence[TrainingGroup],
     settings: TrainingSettings,
     start_from: LoraAdapter | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    watch: Watch | None = None,
+    state: bytes | None = None,
 ) -> list[Trained]:
     """Train one adapter for each group; the results stand in the order of the groups.
 
     start_from: every adapter begins from a copy of this one, and records its name.
-    on_step: called with (adapter steps done, adapter steps in all) after each step.
+    watch: is told of each step and each adapter that is done.
     Loss: mean cross entropy over an adapter's own answer tokens (the end token included) in the batch. Optimiser:
     AdamW (Loshchilov and Hutter 2019) with linear warm-up and cosine decay.
     Raises ModelError if settings are impossible, a group has no rows, or start_from does not fit;
     UnsupportedAdapterError if start_from holds more than deltas of linear modules.
     """
-    _check(groups, settings)
+    check_settings(groups, settings)
     layers = _targets(base, settings.target_modules)
     if start_from is not None:
         _check_start(start_from, layers, settings)
@@ -110,39 +68,17 @@ def train(
         for g in groups
     ]
     chunks = _chunks(encoded, settings, base)
-    total = sum(len(chunk) * steps_of(len(encoded[chunk[0]]), settings) for chunk in chunks)
-    done = 0
+    watch = watch or Unwatched()
     results: dict[int, Trained] = {}
     for chunk in chunks:
-
-        def advance(step: int, begun: int = done, width: int = len(chunk)) -> None:
-            if on_step is not None:
-                on_step(begun + step * width, total)
-
         names = [groups[i].name for i in chunk]
         stack = _initial(base, layers, names, settings, start_from)
-        losses, tokens = _train_chunk(base, layers, stack, [encoded[i] for i in chunk], settings, advance)
+        losses, tokens = _train_chunk(base, layers, stack, [encoded[i] for i in chunk], settings)
         for place, number in enumerate(chunk):
             adapter = _adapter(base, stack, layers, place, names[place], start_from)
             results[number] = Trained(adapter, tuple(losses[:, place].tolist()), tokens[place])
-        done += len(chunk) * len(losses)
+            watch.finished(results[number])
     return [results[number] for number in range(len(groups))]
-
-
-def steps_of(rows: int, settings: TrainingSettings) -> int:
-    """Optimiser steps that an adapter with so many rows takes."""
-    return settings.epochs * math.ceil(rows / settings.batch_size)
-
-
-def _check(groups: Sequence[TrainingGroup], settings: TrainingSettings) -> None:
-    for name in ("rank", "epochs", "batch_size", "alpha", "learning_rate", "clip"):
-        if getattr(settings, name) <= 0:
-            raise ModelError(f"training.{name} is {getattr(settings, name)}.\nExpected a number above 0.")
-    if not 0 <= settings.warmup <= 1:
-        raise ModelError(f"training.warmup is {settings.warmup}.\nExpected a share of the steps, 0 to 1.")
-    for group in groups:
-        if not group.rows:
-            raise ModelError(f"{group.name}: has no training examples.\nAn adapter needs at least one.")
 
 
 def _targets(base: BaseModel, wanted: str | tuple[str, ...]) -> dict[str, nn.Module]:
@@ -200,7 +136,7 @@ def _initial(
     settings: TrainingSettings,
     start: LoraAdapter | None,
 ) -> dict[str, StackedModule]:
-    scaling = settings.alpha / settings.rank
+    scaling = settings.scaling
     drawn_for = [""] * len(names) if settings.shared_init else list(names)
     stack = {}
     for path, layer in layers.items():
@@ -233,21 +169,12 @@ def batch_order(rows: int, settings: TrainingSettings) -> list[Tensor]:
     return steps
 
 
-def learning_rate(step: int, steps: int, settings: TrainingSettings) -> float:
-    """Rate of a step: linear warm-up, then a cosine to zero."""
-    rising = max(1, round(settings.warmup * steps))
-    if step < rising:
-        return settings.learning_rate * (step + 1) / rising
-    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
-
-
 def _train_chunk(
     base: BaseModel,
     layers: Mapping[str, nn.Module],
     stack: Mapping[str, StackedModule],
     encoded: Sequence[Sequence[TokenRow]],
     settings: TrainingSettings,
-    advance: Callable[[int], None],
 ) -> tuple[Tensor, list[int]]:
     """Train the adapters of a chunk in place; losses (steps, adapters) on the CPU, and answer tokens of each."""
     batches = _Batches(encoded, base)
@@ -270,7 +197,6 @@ def _train_chunk(
             optimiser.step()
             refresh(stack)
             losses.append(own.detach())
-            advance(step + 1)
     return torch.stack(losses).cpu(), batches.answer_tokens
 
 

@@ -1,0 +1,24 @@
+"""Training many adapters at once against one frozen base model."""
+
+from raymerge.models.training.settings import (
+    GroupProgress,
+    Trained,
+    TrainingGroup,
+    TrainingSettings,
+    Watch,
+    learning_rate,
+    steps_of,
+)
+from raymerge.models.training.train import batch_order, train
+
+__all__ = [
+    "GroupProgress",
+    "Trained",
+    "TrainingGroup",
+    "TrainingSettings",
+    "Watch",
+    "batch_order",
+    "learning_rate",
+    "steps_of",
+    "train",
+]

@@ -12,7 +12,7 @@ from raymerge import storage
 from raymerge.adapters.catalogue import Catalogue
 from raymerge.config import Project, load_project
 from raymerge.errors import AdapterError, ProjectError, RecipeError, unknown
-from raymerge.personas import Personas, read_personas
+from raymerge.personas import Personas, read_personas, source_of
 from raymerge.recipes import Recipe, parse_recipe, parse_recipes
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -94,7 +94,8 @@ def open_project(
         if name not in parsed:
             raise RecipeError(f"{location}: {unknown('recipe', name, parsed)}")
     chosen = {name: parsed[name] for name in (recipes or parsed)}
-    personas = read_personas(project.path(project.personas)) if project.personas else None
+    source = source_of(project)
+    personas = read_personas(source) if source is not None else None
     adapters, strangers = _find_adapters(project, personas)
     storage.check_writable(project.path(project.output))
     notes = [

@@ -108,7 +108,8 @@ def check_placing(opened: Opened, wanted: Placing, *, refit: bool) -> None:
         return
     source = embedding_source(opened)
     if source == "texts" and opened.need_personas("embedding") and not opened.trainable:
-        raise PersonaError(f"{opened.project.personas}: nobody has training examples, so nobody has an embedding.")
+        where = opened.need_personas("embedding").location
+        raise PersonaError(f"{where}: nobody has training examples, so nobody has an embedding.")
     if source not in ("texts", "deltas"):
         read_embeddings(source)
     if not refit:

@@ -46,7 +46,7 @@ def embedding_items(opened: Opened, experts: Sequence[str], trained: Mapping[str
         return [
             Item(
                 f"embed/{number:04d}", "model", "embed",
-                EmbedTask(storage.join(folder, f"texts-{number:04d}"), personas.location, tuple(part), model),
+                EmbedTask(storage.join(folder, f"texts-{number:04d}"), personas.source, tuple(part), model),
             )
             for number, part in enumerate(_cut(opened.trainable, PERSONAS_PER_EMBEDDING))
         ]  # fmt: skip
@@ -163,7 +163,7 @@ def evaluation_items(
     whole = EvaluateTask(
         folder=folder,
         sources=(),
-        personas=personas.location,
+        personas=personas.source,
         split=scoring.split,
         generation=project.generation.model_dump(mode="json"),
         similarity_model=project.evaluation.similarity_model,

@@ -110,7 +110,7 @@ def training_items(
     whole = TrainTask(
         groups=(),
         grouping=grouping,
-        personas=personas.location,
+        personas=personas.source,
         training={**settings.model_dump(mode="json"), "start_from": start},
         prompt_format=project.generation.prompt_format,
         base_digest=base_digest(opened.need_base("training")),

@@ -28,7 +28,7 @@ def evaluate_to_folder(task: EvaluateTask, worker: Any) -> dict[str, Any]:
     key = storage.digest_value(
         {
             "sources": digests,
-            "examples": {p: [[e.prompt, e.response] for e in rows] for p, rows in examples.items()},
+            "examples": {p: [e.content for e in rows] for p, rows in examples.items()},
             "generation": dict(task.generation),
             "similarity_model": task.similarity_model,
             "batch_size": task.batch_size,
@@ -55,7 +55,7 @@ def _answer(
     task: EvaluateTask, base: Any, resident: Resident, rows: Sequence[Example]
 ) -> tuple[list[str], np.ndarray[Any, Any]]:
     settings = GenerationSettings(max_new_tokens=task.generation["max_new_tokens"], stop=tuple(task.generation["stop"]))
-    prompts = [render_prompt(e.prompt, task.generation["prompt_format"], base.tokenizer) for e in rows]
+    prompts = [render_prompt(e.asked, task.generation["prompt_format"], base.tokenizer) for e in rows]
     references = [e.response for e in rows]
     chosen = resident.choose([e.persona for e in rows])
     lora = MultiLora(base.model) if resident.adapters else None

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from raymerge.personas import Split
+from raymerge.personas import PersonaSource, Split
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class TrainTask:
 
     groups: tuple[TrainGroup, ...]
     grouping: str
-    personas: str
+    personas: PersonaSource | str
     training: Mapping[str, Any]
     prompt_format: str
     base_digest: str
@@ -84,7 +84,7 @@ class PrefixTask:
 
     groups: tuple[TrainGroup, ...]
     tokens: int
-    personas: str
+    personas: PersonaSource | str
     training: Mapping[str, Any]
     prompt_format: str
     base_digest: str
@@ -126,7 +126,7 @@ class EvaluateTask:
 
     folder: str
     sources: tuple[AnswerSource, ...]
-    personas: str
+    personas: PersonaSource | str
     split: Split
     generation: Mapping[str, Any]
     similarity_model: str
@@ -149,7 +149,7 @@ class EmbedTask:
     """Embeddings of a part of the personas: the mean over their training examples of the encoder's unit vectors."""
 
     folder: str
-    personas: str
+    personas: PersonaSource | str
     names: tuple[str, ...]
     model: str
 

@@ -31,7 +31,7 @@ def train_to_folders(task: TrainTask, worker: Any) -> dict[str, Any]:
         TrainingGroup(
             group.name,
             tuple(
-                (render_prompt(e.prompt, task.prompt_format, base.tokenizer), e.response)
+                (render_prompt(e.asked, task.prompt_format, base.tokenizer), e.response)
                 for e in _rows(personas, group)
             ),
         )
@@ -75,7 +75,7 @@ def _key(task: TrainTask, group: TrainGroup, personas: Personas, dtype: str) -> 
     start = task.training["start_from"]
     return storage.digest_value(
         {
-            "rows": [[e.prompt, e.response] for e in _rows(personas, group)],
+            "rows": [e.content for e in _rows(personas, group)],
             "training": {k: v for k, v in task.training.items() if k != "adapters_per_item"},
             "prompt_format": task.prompt_format,
             "base": task.base_digest,

@@ -22,33 +22,76 @@ import pyarrow.parquet
 
 from raymerge import storage
 from raymerge.errors import PersonaError, ProjectError, did_you_mean
+from raymerge.personas.sources import PersonaSource, source_of
+
+__all__ = [
+    "SPLITS",
+    "Example",
+    "PersonaSource",
+    "Personas",
+    "Split",
+    "Turn",
+    "from_examples",
+    "plain_text",
+    "read_personas",
+    "render_prompt",
+    "source_of",
+]
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 COLUMNS = ("persona", "prompt", "response", "split")
+NOWHERE = PersonaSource("")  # of examples made in memory
 SCHEMA = pa.schema([(column, pa.large_string()) for column in COLUMNS])
 
 
 @dataclass(frozen=True)
+class Turn:
+    """One message of a chat. role: system, user, assistant or tool."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
 class Example:
-    """One prompt with the persona's own answer to it."""
+    """One prompt with the persona's own answer to it.
+
+    turns: the chat before the answer where it is more than one turn of the user; then `prompt` is its plain text.
+    """
 
     persona: str
     prompt: str
     response: str
     split: Split
+    turns: tuple[Turn, ...] = ()
+
+    @property
+    def asked(self) -> str | tuple[Turn, ...]:
+        """What `render_prompt` takes: the turns where there are several, else the prompt."""
+        return self.turns or self.prompt
+
+    @property
+    def content(self) -> list[Any]:
+        """Prompt and response as a value for digests; the turns too where there are several."""
+        return [self.prompt, self.response, *([[t.role, t.content] for t in self.turns],) * bool(self.turns)]
 
 
 @dataclass(frozen=True, eq=False)
 class Personas:
     """All examples, sorted by persona; within a persona they keep the order of the file.
 
-    table: columns persona, prompt, response, split (large_string), without nulls. location: where they were read, or
-    "" if they were made in memory. Two of them are equal if their examples are.
+    table: columns persona, prompt, response, split (large_string), without nulls. source: where they were read,
+    with an empty path if they were made in memory. Two of them are equal if their examples are.
     """
 
     table: pa.Table
-    location: str = ""
+    source: PersonaSource = NOWHERE
+
+    @property
+    def location(self) -> str:
+        """Where they were read, or "" if they were made in memory."""
+        return self.source.path
 
     @cached_property
     def _ranges(self) -> dict[str, tuple[int, int]]:
@@ -91,7 +134,7 @@ class Personas:
 
     def digest_of(self, persona: str, split: Split | None = None) -> str:
         """Content digest of one persona's examples, which no other persona's change."""
-        return storage.digest_value([[e.prompt, e.response, e.split] for e in self.examples(persona, split)])
+        return storage.digest_value([[*e.content, e.split] for e in self.examples(persona, split)])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Personas) and bool(self.table.equals(other.table))
@@ -100,20 +143,22 @@ class Personas:
         return hash(self.digest)
 
 
-def from_examples(examples: Iterable[Example], location: str = "") -> Personas:
+def from_examples(examples: Iterable[Example]) -> Personas:
     """Personas of examples in memory. Raises PersonaError for what a file would be refused for."""
     rows = [{column: getattr(e, column) for column in COLUMNS} for e in examples]
     for number, row in enumerate(rows, start=1):
         _check_row(row, f"example {number}")
-    return _sorted(pa.Table.from_pylist(rows, schema=SCHEMA), location)
+    return _sorted(pa.Table.from_pylist(rows, schema=SCHEMA), NOWHERE)
 
 
-def read_personas(location: str) -> Personas:
+def read_personas(source: PersonaSource | str) -> Personas:
     """Examples of a .jsonl or .parquet file, local or at a URI.
 
     Raises PersonaError with file and line for a line that is no JSON object, a missing or non-text value, an unknown
     split, a name that cannot be a folder's; and for a file without examples. StorageError if it cannot be read.
     """
+    source = PersonaSource(source) if isinstance(source, str) else source
+    location = source.path
     if not location.endswith((".jsonl", ".parquet")):
         raise PersonaError(f"{location}: is neither .jsonl nor .parquet.")
     if not storage.exists(location):
@@ -122,12 +167,12 @@ def read_personas(location: str) -> Personas:
     table = _read_parquet(path, location) if location.endswith(".parquet") else _read_lines(path, location)
     if not len(table):
         raise PersonaError(f"{location}: holds no examples.\nExpected rows with {', '.join(COLUMNS)}.")
-    return _sorted(table, location)
+    return _sorted(table, source)
 
 
-def _sorted(table: pa.Table, location: str) -> Personas:
+def _sorted(table: pa.Table, source: PersonaSource) -> Personas:
     order = np.lexsort((np.arange(len(table)), _codes(table["persona"])))
-    return Personas(table.take(pa.array(order)).combine_chunks(), location)
+    return Personas(table.take(pa.array(order)).combine_chunks(), source)
 
 
 def _codes(column: pa.ChunkedArray) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -227,6 +272,11 @@ def _name_fault(name: str) -> str | None:
     return None
 
 
+def plain_text(turns: Sequence[Turn]) -> str:
+    """Turns as text, for a base without a chat template: `role: content`, one below the other."""
+    return "\n".join(f"{turn.role}: {turn.content}" for turn in turns)
+
+
 class ChatTokenizer(Protocol):
     """The part of a Hugging Face tokenizer that renders a chat."""
 
@@ -236,11 +286,12 @@ class ChatTokenizer(Protocol):
         """Render messages."""
 
 
-def render_prompt(prompt: str, prompt_format: str, tokenizer: ChatTokenizer | None = None) -> str:
+def render_prompt(prompt: str | Sequence[Turn], prompt_format: str, tokenizer: ChatTokenizer | None = None) -> str:
     """The text that the model reads before it answers.
 
-    prompt_format: a text with {prompt} in it, or `chat` for the tokenizer's own template with the opening of the
-    answer. Raises ProjectError if the format has no {prompt}, or for `chat` where the tokenizer has no template.
+    prompt: a text, or the turns of a chat. prompt_format: a text with {prompt} in it, or `chat` for the tokenizer's own
+    template with the opening of the answer. Raises ProjectError if the format has no {prompt}, or for `chat` where the
+    tokenizer has no template.
     """
     if prompt_format == "chat":
         if tokenizer is None or getattr(tokenizer, "chat_template", None) is None:
@@ -248,8 +299,11 @@ def render_prompt(prompt: str, prompt_format: str, tokenizer: ChatTokenizer | No
                 "prompt_format chat: the base model's tokenizer has no chat template.\n"
                 'Give prompt_format as a text with {prompt} in it, such as "{prompt}\\n".'
             )
-        messages = [{"role": "user", "content": prompt}]
+        turns = [Turn("user", prompt)] if isinstance(prompt, str) else prompt
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     if "{prompt}" not in prompt_format:
         raise ProjectError(f"prompt_format {prompt_format!r}: has no {{prompt}}.\nExpected it there, or `chat`.")
-    return prompt_format.replace("{prompt}", prompt)  # not str.format: prompts and formats may hold braces
+    return prompt_format.replace(
+        "{prompt}", prompt if isinstance(prompt, str) else plain_text(prompt)
+    )  # not str.format: prompts and formats may hold braces

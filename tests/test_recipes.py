@@ -10,7 +10,9 @@ from raymerge.recipes import DTYPES, parse_recipe, parse_recipes
 from raymerge.routing.strategies import STRATEGIES
 
 
-@pytest.mark.parametrize("strategy", sorted(set(STRATEGIES) - {"random_k", "random_cluster", "shuffled"}))
+@pytest.mark.parametrize(
+    "strategy", sorted(set(STRATEGIES) - {"random_k", "random_cluster", "shuffled", "neighbours_trained", "selective"})
+)
 def test_every_strategy_has_a_complete_canonical_form(strategy):
     recipe = parse_recipe("x", {"strategy": strategy})
     assert json.loads(json.dumps(recipe.as_dict())) == recipe.as_dict()
@@ -53,8 +55,8 @@ def test_the_project_says_whether_embeddings_are_centred_unless_the_recipe_does(
         ({"strategy": "top_k", "k": 0}, "k is 0"),
         ({"strategy": "top_k", "rank": 0}, "rank 0 is no rank"),
         ({"strategy": "top_k", "dtype": "flaot"}, r"unknown dtype 'flaot'. Did you mean float"),
-        ({"strategy": "top_k", "scale": "big"}, "scale is a number or match_norm"),
-        ({"strategy": "top_k", "scale": float("nan")}, "scale is a number or match_norm"),
+        ({"strategy": "top_k", "scale": "big"}, "scale is a number, match_norm"),
+        ({"strategy": "top_k", "scale": float("nan")}, "scale is a number, match_norm"),
         ({"strategy": "random_k"}, "`of`|of is None"),
         ({"strategy": "random_k", "of": {"strategy": "top_k", "kk": 1}}, "unknown parameter 'kk'"),
         ({"strategy": "random_k", "of": {"strategy": "shuffled", "of": {"strategy": "soft"}}}, "itself a control"),
@@ -79,3 +81,79 @@ def test_every_dtype_of_a_recipe_is_one_of_a_merge(dtype):
 def test_a_control_of_nothing_is_refused():
     with pytest.raises(RecipeError, match=r"recipe random: unknown recipe in `of` 'mo'. Did you mean moe\?"):
         parse_recipes({"moe": {"strategy": "soft"}, "random": {"strategy": "random_k", "of": "mo"}})
+
+
+def test_what_is_tuned_is_known_and_can_be_filled_in():
+    recipe = parse_recipe("x", {"strategy": "hybrid", "scale": "tuned"})
+    assert recipe.tuned == ("factor", "own_weight")
+    chosen = recipe.resolved({"factor": 1.4, "own_weight": 0.25})
+    assert chosen.tuned == ()
+    assert chosen.merges["scale"] == {"match_norm": 1.4}
+    assert chosen.strategy_parameters["own_weight"] == 0.25
+    assert parse_recipe("x", {"strategy": "top_k", "scale": {"match_norm": 1}}).scale == "match_norm"
+    assert parse_recipe("x", {"strategy": "hybrid", "own_weight": 0.5}).tuned == ()
+
+
+def test_selective_chooses_among_the_references_there_are():
+    written = {
+        "base": {"strategy": "base"},
+        "everybody": {"strategy": "unified"},
+        "mine": {"strategy": "own"},
+        "rag": {"strategy": "base", "retrieval": 3},
+        "moe": {"strategy": "sparse_moe"},
+        "best": {"strategy": "selective"},
+        "two": {"strategy": "selective", "among": ["mine", "base"], "sure": 0.9},
+    }
+    recipes = parse_recipes(written)
+    assert recipes["best"].strategy_parameters["among"] == {"base": "base", "everybody": "unified", "mine": "own"}
+    assert recipes["best"].needs == {"own", "unified"}
+    assert recipes["two"].strategy_parameters == {"among": {"mine": "own", "base": "base"}, "sure": 0.9}
+    assert recipes["two"].anchor == "none"
+    with pytest.raises(RecipeError, match="unknown recipe of a strategy base, own"):
+        parse_recipes({**written, "bad": {"strategy": "selective", "among": ["moe", "base"]}})
+    with pytest.raises(RecipeError, match="nothing to choose among"):
+        parse_recipes({"base": {"strategy": "base"}, "best": {"strategy": "selective"}})
+
+
+def test_training_on_neighbours_takes_whom_they_are_and_not_how_they_are_merged():
+    written = {
+        "moe": {
+            "strategy": "sparse_moe",
+            "k": 3,
+            "scale": 2,
+            "rank": "exact",
+            "method": "ties",
+            "embedding": "e.parquet",
+        },
+        "trained": {"strategy": "neighbours_trained", "of": "moe"},
+    }
+    trained = parse_recipes(written)["trained"]
+    assert trained.strategy_parameters["of"]["k"] == 3
+    assert (trained.scale, trained.rank, trained.method, trained.embedding) == (1.0, "keep", "linear", "e.parquet")
+
+
+def test_retrieval_has_a_form():
+    assert parse_recipe("x", {"strategy": "base", "retrieval": 2}).retrieval == {
+        "examples": 2,
+        "format": "{prompt}\n{response}\n\n",
+    }
+    for bad, message in [
+        (0, "1 or more"),
+        ({"examples": 1, "format": "x"}, "lacks"),
+        ({"k": 1}, "unknown key of retrieval"),
+    ]:
+        with pytest.raises(RecipeError, match=message):
+            parse_recipe("x", {"strategy": "base", "retrieval": bad})
+
+
+@pytest.mark.parametrize("strategy", ["base", "selective", "prefix"])
+def test_what_has_no_delta_has_no_scale_to_tune(strategy):
+    with pytest.raises(RecipeError, match="nothing to scale"):
+        parse_recipe(
+            "x",
+            {
+                "strategy": strategy,
+                "scale": "tuned",
+                **({"among": {"a": "base", "b": "own"}} if strategy == "selective" else {}),
+            },
+        )

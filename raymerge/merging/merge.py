@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -17,6 +17,7 @@ from raymerge.merging.inputs import Inputs, Weights, widest_dtype
 from raymerge.merging.lowrank import sum_norm, truncate, truncate_formed
 from raymerge.merging.prepare import Merge, prepare
 from raymerge.merging.rank import RankRule
+from raymerge.merging.scale import Scale, parse_scale
 from raymerge.merging.site import Combined, Dense, Site, Weighted
 from raymerge.merging.whole import merge_biases, merge_whole
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 _FLOATS: Mapping[str, torch.dtype] = {
     name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")
 }
-Scale = float | Literal["match_norm"]
 WHOLE = "*"  # the key of an adapter's overall error
 _T = TypeVar("_T")
 
@@ -52,23 +52,23 @@ def merge(
     order of their names. weights: for each a number, or a setting that differs by layer or module (`settings`), in
     their order or by name; 1/N unless given. method, method_parameters: see `methods.METHODS`. dialect: `delta`, or a
     library whose numbers are wanted (`dialects.DIALECTS`). rank: see `rank.parse_rank`. scale: a number, or match_norm
-    for the mean norm of what is merged: sum(|w_i| |a_i|) / |merge(a_i)|. anchor: an adapter that deltas are measured
-    from, or None for the base. base: the base model's weights, which whole tensors need (see `whole`). dtype: of the
-    result, the experts' widest unless given.
+    for the mean norm of what is merged: sum(|w_i| |a_i|) / |merge(a_i)|, or {"match_norm": f} for f times that.
+    anchor: an adapter that deltas are measured from, or None for the base. base: the base model's weights, which whole
+    tensors need (see `whole`). dtype: of the result, the experts' widest unless given.
 
     Returns an adapter with scalings of 1 and the relative Frobenius error of each module, rounding included, and of
     the whole under `*`. Warns if the adapters name different base models. Raises MergeError, RankError.
     """
-    factor = _scale(scale)
-    later = factor is None and anchor is None  # the norm to be matched is known when all modules are summed
+    factor, is_matched = parse_scale(scale)
+    later = is_matched and anchor is None  # the norm to be matched is known when all modules are summed
     merging = prepare(
         adapters, weights, method=method, dialect=dialect, rank=rank, anchor=anchor, measure=later, **method_parameters
     )
     inputs = merging.inputs
     _check_dialect(dialect, anchor, scale)
     target = _dtype(dtype, inputs)
-    if factor is None:
-        factor = 1.0 if later else _matched_scale(merging)
+    if is_matched and not later:
+        factor *= _matched_scale(merging)
     found: dict[str, Compressed | Truncation] = {}
     with torch.no_grad():
         for path in inputs.headers:
@@ -78,7 +78,7 @@ def merge(
                 found[path] = truncated if target == torch.float64 else _narrowed(truncated)
             else:
                 found[path] = rounded(truncated, 1.0, target, f"{name}: {path}")
-        final = _matched(merging, [one.norm for one in found.values()]) if later else 1.0
+        final = _matched(merging, [one.norm / factor for one in found.values()]) if later else 1.0
         done: dict[str, Compressed] = {}
         for path in inputs.headers:
             one = found.pop(path)
@@ -122,14 +122,14 @@ def mixture_weights(
 
     Returns the experts' weights in the order given, and the anchor's (0 without one).
     """
-    factor = _scale(scale)
-    if factor is None:
-        factor = matched_scale(adapters, weights, anchor)
+    factor, is_matched = parse_scale(scale)
+    if is_matched:
+        factor *= matched_scale(adapters, weights, anchor)
     return [factor * weight for weight in weights], 1.0 - factor * sum(weights) if anchor is not None else 0.0
 
 
 def _check_dialect(dialect: str, anchor: LoraAdapter | None, scale: Scale) -> None:
-    if dialect != "delta" and (anchor is not None or scale == "match_norm"):
+    if dialect != "delta" and (anchor is not None or parse_scale(scale)[1]):
         what = "an anchor" if anchor is not None else "match_norm"
         raise MergeError(f"dialect {dialect} cannot be used with {what}, which that library lacks.\nUse dialect delta.")
     if dialect == "peft" and scale != 1:
@@ -247,15 +247,6 @@ def _base_model(experts: Sequence[LoraAdapter]) -> str | None:
 
 def _common(values: Sequence[_T]) -> _T | None:
     return values[0] if all(value == values[0] for value in values) else None
-
-
-def _scale(scale: Scale) -> float | None:
-    """A number, or None for match_norm."""
-    if scale == "match_norm":
-        return None
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise MergeError(f"scale {scale!r} is no scale.\nExpected a finite number or match_norm.")
-    return float(scale)
 
 
 def _dtype(dtype: torch.dtype | str | None, inputs: Inputs) -> torch.dtype:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from raymerge.errors import RoutingError
 from raymerge.routing.clusters import Clusters, find_centroids
 from raymerge.routing.embeddings import Embeddings
+from raymerge.routing.selective import Candidate
 from raymerge.routing.similarity import mean_direction, project, unit
 from raymerge.routing.table import unique_names
 
@@ -25,7 +26,7 @@ class RoutingInputs:
     nobody where it matters. clusters: labels of personas and experts.
     mean: float32 (d,), what centring takes away, from an earlier run; of `embeddings` by default.
     centroids: label -> float32 (d,), from an earlier run with centring; of the clusters' members by default.
-    seed: for the controls.
+    seed: for the controls. candidates: what `selective` chooses among, by name.
     """
 
     personas: Sequence[str]
@@ -35,6 +36,7 @@ class RoutingInputs:
     seed: int = 0
     mean: NDArray[np.float32] | None = None
     centroids: Mapping[str, NDArray[np.float32]] | None = None
+    candidates: Mapping[str, Candidate] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

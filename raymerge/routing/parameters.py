@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from raymerge.errors import RoutingError, unknown
+
+TUNED: Literal["tuned"] = "tuned"
 
 
 def _count(value: Any) -> bool:
@@ -28,6 +30,14 @@ CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = MappingProxyType(
         "centred": (lambda value: isinstance(value, bool), "true or false"),
         "seed": (lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0,
                  "a whole number, 0 or more"),
+        "own_weight": (lambda value: value == TUNED or (_number(value) and 0 <= value <= 1),
+                       "the own adapter's share, a number from 0 to 1, or `tuned` on validation examples"),
+        "sure": (lambda value: _number(value) and 0.5 <= value < 1, "a probability from 0.5 to 1"),
+        "tokens": (_count, "a whole number of virtual tokens, 1 or more"),
+        "epochs": (lambda value: value is None or _count(value) or (isinstance(value, list | tuple) and len(value) > 0
+                   and all(map(_count, value))), "a whole number, or several to choose from on validation examples"),
+        "among": (lambda value: isinstance(value, Mapping) and len(value) > 1,
+                  "the names of two recipes or more, of strategies base, own, unified or cluster_trained"),
         "of": (lambda value: isinstance(value, Mapping) and "strategy" in value,
                "the strategy to control, such as {strategy: sparse_moe, k: 5}"),
     }

@@ -15,7 +15,8 @@ from raymerge.routing import controls
 from raymerge.routing.inputs import RoutingInputs, check_inputs, labels_of, make_space
 from raymerge.routing.lines import Rows
 from raymerge.routing.neighbours import equal, hierarchical, make_row, similar
-from raymerge.routing.parameters import refuse, resolve
+from raymerge.routing.parameters import TUNED, refuse, resolve
+from raymerge.routing.selective import choose
 from raymerge.routing.table import RoutingTable
 
 SOFT_MASS = 0.99  # `soft` takes no more experts than make up this share of the weights,
@@ -81,6 +82,45 @@ def _cluster_trained(parameters: Mapping[str, Any], inputs: RoutingInputs) -> Ro
     return Rows(labels, rows, np.array([labels.index(label) for label in own], dtype=np.int32)), []
 
 
+def _hybrid(parameters: Mapping[str, Any], inputs: RoutingInputs) -> Routed:
+    part = float(parameters["own_weight"])
+    names = tuple(sorted({"unified", *inputs.experts}))
+    position = {name: i for i, name in enumerate(names)}
+    rows = []
+    for persona in inputs.personas:
+        own = part if persona in inputs.experts else 0.0
+        shares = {position["unified"]: 1.0 - own, position.get(persona, -1): own}
+        kept = {expert: share for expert, share in shares.items() if share > 0}
+        rows.append(make_row(np.array(list(kept), np.int64), np.array(list(kept.values()))))
+    without = sorted(set(inputs.personas) - set(inputs.experts))
+    notes = [f"{without[0]}: has no adapter and gets the unified one ({len(without)} such personas)"] if without else []
+    return Rows(names, tuple(rows), np.arange(len(rows), dtype=np.int32)), notes
+
+
+def _selective(parameters: Mapping[str, Any], inputs: RoutingInputs) -> Routed:
+    choice = choose(inputs.personas, inputs.candidates, parameters["sure"])
+    given = [inputs.candidates[choice.chosen[p]].experts[p] if p in choice.chosen else None for p in inputs.personas]
+    distinct = sorted({one for one in given if one is not None})
+    names = tuple(expert for expert, _ in distinct)
+    rows = [make_row(np.array([i]), np.array([weight]), adapter=name) for i, (name, weight) in enumerate(distinct)]
+    rows.append(make_row(np.zeros(0, np.int64), np.zeros(0)))  # the base
+    row_of = [distinct.index(one) if one is not None else len(distinct) for one in given]
+    told = f"{choice.best} is best for the population; {len(choice.moved)} personas get another"
+    return Rows(names, tuple(rows), np.array(row_of, dtype=np.int32)), [told]
+
+
+def _same(parameters: Mapping[str, Any], inputs: RoutingInputs) -> Routed:
+    inner = parameters["of"]
+    given = {key: value for key, value in inner.items() if key != "strategy"}
+    return STRATEGIES[inner["strategy"]].function(given, inputs)
+
+
+def _everybody(parameters: Mapping[str, Any], inputs: RoutingInputs) -> Routed:
+    names = tuple(inputs.personas)
+    rows = tuple(make_row(np.array([i]), np.ones(1), adapter=name) for i, name in enumerate(names))
+    return Rows(names, rows, np.arange(len(rows), dtype=np.int32)), []
+
+
 def _control(
     parameters: Mapping[str, Any],
     inputs: RoutingInputs,
@@ -106,6 +146,8 @@ def _make_control(name: str, summary: str, needs: str, spoil: Callable[..., Rout
     return _make(name, summary, needs, partial(_control, spoil=spoil), of=None, seed=0)
 
 
+WITHOUT_NEIGHBOURS = ("selective", "hybrid", "neighbours_trained", "prefix")
+
 CONTROLS: Mapping[str, Strategy] = _named(
     _make_control("random_k", "X's weights on random experts", "own", controls.random_k),
     _make_control(
@@ -127,6 +169,11 @@ STRATEGIES: Mapping[str, Strategy] = _named(
     _make("unified", "the adapter trained on all", "unified", partial(_one_for_all, expert="unified")),
     _make("cluster_trained", "the adapter trained on its cluster", "clusters cluster_adapters", _cluster_trained),
     _make("base", "no adapter", "", partial(_one_for_all, expert=None)),
+    _make("hybrid", "the unified adapter and the persona's own", "own unified", _hybrid, own_weight=TUNED),
+    _make("selective", "the best of a few recipes, chosen on validation examples", "", _selective,
+          among=None, sure=0.8),
+    _make("neighbours_trained", "one trained on the examples of X's experts", "own", _same, of=None, epochs=None),
+    _make("prefix", "the persona's own prefix (prefix tuning)", "", _everybody, tokens=8, epochs=None),
     *CONTROLS.values(),
 )  # fmt: skip
 
@@ -142,8 +189,9 @@ def resolve_parameters(strategy: str, given: Mapping[str, Any]) -> dict[str, Any
     if "of" in resolved:
         inner = {key: value for key, value in resolved["of"].items() if key != "strategy"}
         name = str(resolved["of"]["strategy"])
-        if name in CONTROLS:
-            raise RoutingError(f"strategy {strategy}: `of` is {name}, itself a control.\nExpected any other strategy.")
+        if name in CONTROLS or name in WITHOUT_NEIGHBOURS:
+            what = "itself a control" if name in CONTROLS else "which asks no neighbours"
+            raise RoutingError(f"strategy {strategy}: `of` is {name}, {what}.\nExpected any other strategy.")
         resolved["of"] = {"strategy": name, **resolve_parameters(name, inner)}
     return resolved
 
@@ -151,8 +199,8 @@ def resolve_parameters(strategy: str, given: Mapping[str, Any]) -> dict[str, Any
 def needs_of(strategy: str, parameters: Mapping[str, Any]) -> frozenset[str]:
     """What a strategy needs, and what it controls. Raises as `resolve_parameters`."""
     resolved = resolve_parameters(strategy, parameters)
-    inner = STRATEGIES[resolved["of"]["strategy"]].needs if "of" in resolved else frozenset()
-    return STRATEGIES[strategy].needs | inner
+    inner = [resolved["of"]["strategy"]] if "of" in resolved else list((resolved.get("among") or {}).values())
+    return STRATEGIES[strategy].needs.union(*(STRATEGIES[name].needs for name in inner))
 
 
 def route(strategy: str, parameters: Mapping[str, Any], inputs: RoutingInputs) -> tuple[RoutingTable, tuple[str, ...]]:

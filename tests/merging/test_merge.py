@@ -182,9 +182,18 @@ def test_match_norm_gives_the_mean_norm_of_what_is_merged(anchored, rank):
     assert matched_scale(experts, weights, anchor) == pytest.approx(wanted, rel=1e-9)
     matched = merge(experts, weights, scale="match_norm", rank=rank, anchor=anchor)
     plain = merge(experts, weights, scale=wanted, rank=rank, anchor=anchor)
+    stronger = merge(experts, weights, scale={"match_norm": 1.4}, rank=rank, anchor=anchor)
+    plainly = merge(experts, weights, scale=1.4 * wanted, rank=rank, anchor=anchor)
     for path in SHAPES:
         close(delta(matched, path), delta(plain, path))
+        close(delta(stronger, path), delta(plainly, path))
     assert matched.errors == pytest.approx(plain.errors, rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize("scale", ["norm", True, float("nan"), {"match_norm": 0}, {"match_norm": "x"}, {"norm": 1}])
+def test_what_is_no_scale_is_refused(scale):
+    with pytest.raises(MergeError, match="scale"):
+        merge(mixed_experts(), [1, 1, 1], scale=scale)
 
 
 def test_match_norm_agrees_with_gram_matrices():
@@ -194,7 +203,7 @@ def test_match_norm_agrees_with_gram_matrices():
     assert matched_scale(experts, weights) == pytest.approx(float(expected), rel=1e-9)
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.3, "match_norm"])
+@pytest.mark.parametrize("scale", [1.0, 0.3, "match_norm", {"match_norm": 0.7}])
 @pytest.mark.parametrize("anchored", [False, True])
 def test_mixture_weights_compute_what_the_exact_merge_does(scale, anchored):
     experts, weights = mixed_experts(), [0.5, 0.3, -0.4]

@@ -77,7 +77,7 @@ class TrainTask:
 
 @dataclass(frozen=True)
 class PrefixTask:
-    """Prefixes trained by PEFT, one after the other, each written to its group's folder.
+    """Prefixes for PEFT trained side by side, each written to its group's folder.
 
     training: as of a TrainTask; `tokens` are the virtual tokens of a prefix.
     """
@@ -126,6 +126,38 @@ class EvaluateTask:
 
     folder: str
     sources: tuple[AnswerSource, ...]
+    personas: PersonaSource | str
+    split: Split
+    generation: Mapping[str, Any]
+    similarity_model: str
+    batch_size: int
+    base_digest: str
+    retrieval: Retrieval | None = None
+    most: int | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One set of values that tuning tries.
+
+    label: the values as JSON, such as {"factor": 1.4}. sources: what answers for each persona. factor: multiplies what
+    an adapter, a merge or a mixture adds to its anchor, or to the base where it has none; 1 for a prefix.
+    """
+
+    label: str
+    sources: tuple[AnswerSource, ...]
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class TuneTask:
+    """Candidates tried side by side on a part of the personas: answers and their similarity, and no adapter is written.
+
+    The other fields are as in EvaluateTask. Candidates that differ in their factor alone share what is merged.
+    """
+
+    folder: str
+    candidates: tuple[Candidate, ...]
     personas: PersonaSource | str
     split: Split
     generation: Mapping[str, Any]

@@ -12,7 +12,16 @@ from typing import Any
 from raymerge import storage
 from raymerge.config import parse_size
 from raymerge.runtime.experts import ExpertCache, merge_to_folder
-from raymerge.runtime.tasks import EmbedTask, EvaluateTask, GatherTask, MergeTask, SketchTask, TrainTask
+from raymerge.runtime.tasks import (
+    EmbedTask,
+    EvaluateTask,
+    GatherTask,
+    MergeTask,
+    PrefixTask,
+    SketchTask,
+    TrainTask,
+    TuneTask,
+)
 
 
 class MergeWorker:
@@ -97,6 +106,18 @@ class ModelWorker:
         from raymerge.runtime.scoring import evaluate_to_folder
 
         return evaluate_to_folder(task, self)
+
+    def train_prefixes(self, task: PrefixTask) -> dict[str, Any]:
+        """Write the prefixes of an item."""
+        from raymerge.runtime.prefix import train_prefixes_to_folders
+
+        return train_prefixes_to_folders(task, self)
+
+    def tune(self, task: TuneTask) -> dict[str, Any]:
+        """Write how similar the answers of each candidate are."""
+        from raymerge.runtime.tuning import tune_to_folder
+
+        return tune_to_folder(task, self)
 
     def embed(self, task: EmbedTask) -> dict[str, Any]:
         """Write the embeddings of a part of the personas."""

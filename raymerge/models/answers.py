@@ -127,18 +127,19 @@ class AnswerHead:
             return False
         ids = torch.arange(1, 5, device=base.device)[None]  # any tokens; padding may be embedded as zero
         whole = self.model(input_ids=ids, use_cache=False).logits.float()
-        apart = self.head(self.decoder(input_ids=ids, use_cache=False).last_hidden_state).float()
+        apart = self.head(self.decoder(input_ids=ids, use_cache=False).last_hidden_state).to(whole.device).float()
         return whole.shape == apart.shape and bool((whole - apart).norm() < 1e-3 * whole.norm())
 
     def logits(self, ids: Tensor, places: Tensor) -> Tensor:
         """Logits at chosen places.
 
         ids: int64 (rows, width), padded on the right. places: int64 (n,), flat indices row * width + column.
-        Returns float32 (n, vocabulary).
+        Returns float32 (n, vocabulary), where the ids are: a model on several GPUs ends on another than it begins.
         """
         if self.split:
             hidden = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
-            chosen: Tensor = self.head(hidden.flatten(0, 1).index_select(0, places))
+            chosen: Tensor = self.head(hidden.flatten(0, 1).index_select(0, places.to(hidden.device)))
         else:
-            chosen = self.model(input_ids=ids, use_cache=False).logits.flatten(0, 1).index_select(0, places)
-        return chosen.float()
+            whole = self.model(input_ids=ids, use_cache=False).logits
+            chosen = whole.flatten(0, 1).index_select(0, places.to(whole.device))
+        return chosen.to(ids.device).float()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -31,6 +32,13 @@ def is_quantised(module: Any) -> bool:
     """
     weight = module.weight
     return hasattr(weight, "quant_state") or not weight.is_floating_point()
+
+
+def compute_dtype(model: Any, module: Any) -> torch.dtype:
+    """The dtype of what a linear layer is given and gives out: its weight's, or the embedding's where it is quantised."""
+    weight = model.get_input_embeddings().weight if is_quantised(module) else module.weight
+    dtype: torch.dtype = weight.dtype
+    return dtype
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from raymerge.adapters.adapter import LoraAdapter, ModuleHeader
 from raymerge.errors import ModelError
-from raymerge.models.layers import Forward, frozen_weight, linear_modules, shape_of, wrap
+from raymerge.models.layers import Forward, compute_dtype, linear_modules, shape_of, wrap
 
 # Copies of factors that a batch of mixtures may make beyond twice what is loaded, in bytes.
 _MIXTURE_COPIES = 256 * 2**20
@@ -29,7 +30,7 @@ AddDelta = Callable[[Tensor, Tensor], None]
 class Factors:
     """One module's factors of n adapters, scaling folded into Bt.
 
-    A: (n, rank, in_features). Bt: (n, rank, out_features). Both in the model's dtype, on its device.
+    A: (n, rank, in_features). Bt: (n, rank, out_features). Both in the dtype that the layer computes in, on its device.
     """
 
     A: Tensor
@@ -43,7 +44,7 @@ class Layout:
     adapters: int64 (groups,). size: rows of a group.
     slots: int64 (groups * size,), the row in each slot (row 0 where a group is not full).
     rows: int64 (m,), rows that have an adapter; places: int64 (m,), the slot of each.
-    All three are None where the slots are the rows, in order.
+    All three are None where the slots are the rows, in order. A model on several GPUs needs a copy on each.
     """
 
     batch: int
@@ -52,6 +53,11 @@ class Layout:
     slots: Tensor | None = None
     rows: Tensor | None = None
     places: Tensor | None = None
+
+    def on(self, device: torch.device) -> Layout:
+        """The same on a device."""
+        dealt = [part if part is None else part.to(device) for part in (self.slots, self.rows, self.places)]
+        return Layout(self.batch, self.adapters.to(device), self.size, *dealt)
 
 
 class MultiLora:
@@ -71,7 +77,7 @@ class MultiLora:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the stacked factors on the device."""
+        """Bytes of the stacked factors on all devices."""
         return sum(_nbytes(f) for f in self._factors.values())
 
     def load(self, adapters: Sequence[LoraAdapter]) -> None:
@@ -89,7 +95,9 @@ class MultiLora:
         self.names = tuple(adapter.name for adapter in adapters)
         for name in sorted({name for own in headers for name in own}):
             having = {number: own[name].rank for number, own in enumerate(headers) if name in own}
-            self._factors[name] = _stacked(adapters, name, having, linear[name])
+            self._factors[name] = _stacked(
+                adapters, name, having, linear[name], compute_dtype(self.model, linear[name])
+            )
             self._restores.append(wrap(linear[name], self._adapter_of(name)))
 
     def detach(self) -> None:
@@ -108,7 +116,7 @@ class MultiLora:
         if chosen and not -1 <= min(chosen) <= max(chosen) < len(self.names):
             found = f"{min(chosen)} to {max(chosen)}"
             raise ModelError(f"rows name adapters {found}.\nExpected -1 to {len(self.names) - 1}.")
-        layout = plan_layout(chosen, self._device())
+        layout = plan_layout(chosen)
         chosen_factors = {name: _selected(f, layout.adapters) for name, f in self._factors.items()}
         with self._activated(_grouped(chosen_factors, layout)):
             yield
@@ -130,11 +138,10 @@ class MultiLora:
         used = torch.nonzero((weights != 0).any(0)).flatten()
         if self._is_cheaper_apart(len(unique), most, len(used)):
             index = torch.where((unique != 0).any(1)[inverse], inverse, -1)
-            layout = plan_layout(index.tolist(), self._device())
+            layout = plan_layout(index.tolist())
             active = _grouped(self._mixed(unique, max(most, 1), layout), layout)
         else:
-            place, share = self._device(), weights[:, used].to(self._device())
-            active = {n: add_dense(_selected(f, used.to(place)), share) for n, f in self._factors.items()}
+            active = {n: add_dense(_selected(f, used), weights[:, used]) for n, f in self._factors.items()}
         with self._activated(active):
             yield
 
@@ -144,7 +151,7 @@ class MultiLora:
         return used == 0 or (2 * most <= used and copies <= max(2 * self.nbytes, _MIXTURE_COPIES))
 
     def _mixed(self, unique: Tensor, most: int, layout: Layout) -> dict[str, Factors]:
-        chosen = unique[layout.adapters.cpu()]
+        chosen = unique[layout.adapters]
         experts = torch.argsort((chosen != 0).to(torch.int8), dim=1, descending=True, stable=True)[:, :most]
         weights = chosen.gather(1, experts)
         mixed = {}
@@ -172,13 +179,10 @@ class MultiLora:
             if add is not None:
                 if torch.is_grad_enabled():
                     out = out.clone()  # autograd may need what the layer computed
-                add(out, x)
+                add(out, x.to(out.device))  # a head on a GPU of its own is given what another one computed
             return out
 
         return adapt
-
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
 
 
 def add_grouped(factors: Factors, layout: Layout) -> AddDelta:
@@ -204,10 +208,13 @@ def add_grouped(factors: Factors, layout: Layout) -> AddDelta:
 
 
 def add_dense(factors: Factors, weights: Tensor) -> AddDelta:
-    """What adds each row's mixture: one product over all experts, scaled in between by weights (batch, experts)."""
+    """What adds each row's mixture: one product over all experts, scaled in between by weights (batch, experts).
+
+    Copies of the weights go to each module's device: they are a few thousand numbers.
+    """
     batch, experts = weights.shape
     A, Bt = factors.A.flatten(0, 1), factors.Bt.flatten(0, 1)
-    scale = weights.to(A.dtype)[:, None, :, None]
+    scale = weights.to(A.device, A.dtype)[:, None, :, None]
 
     def add(out: Tensor, x: Tensor) -> None:
         inner = _as_rows(x.contiguous(), batch) @ A.T
@@ -217,8 +224,9 @@ def add_dense(factors: Factors, weights: Tensor) -> AddDelta:
     return add
 
 
-def plan_layout(index: Sequence[int], device: torch.device) -> Layout:
-    """Deal rows into groups of equal size that share an adapter, with the least padding and reading of factors."""
+def plan_layout(index: Sequence[int]) -> Layout:
+    """Deal rows into groups of equal size that share an adapter, with the least padding and reading of factors; on the
+    CPU."""
     of_adapter: dict[int, list[int]] = {}
     for row, adapter in enumerate(index):
         if adapter >= 0:
@@ -241,10 +249,10 @@ def plan_layout(index: Sequence[int], device: torch.device) -> Layout:
             rows += group
             slots += group + [0] * (size - len(group))
             adapters.append(adapter)
-    chosen = torch.tensor(adapters, dtype=torch.int64, device=device)
+    chosen = torch.tensor(adapters, dtype=torch.int64)
     if slots == list(range(len(index))):
         return Layout(len(index), chosen, size)
-    dealt = [torch.tensor(part, dtype=torch.int64, device=device) for part in (slots, rows, places)]
+    dealt = [torch.tensor(part, dtype=torch.int64) for part in (slots, rows, places)]
     return Layout(len(index), chosen, size, *dealt)
 
 
@@ -258,7 +266,10 @@ def _as_rows(x: Tensor, batch: int) -> Tensor:
 
 
 def _grouped(factors: Mapping[str, Factors], layout: Layout) -> dict[str, AddDelta]:
-    return {name: add_grouped(own, layout) for name, own in factors.items()} if len(layout.adapters) else {}
+    if not len(layout.adapters):
+        return {}
+    layouts = {device: layout.on(device) for device in {own.A.device for own in factors.values()}}
+    return {name: add_grouped(own, layouts[own.A.device]) for name, own in factors.items()}
 
 
 def _nbytes(factors: Factors) -> int:
@@ -266,8 +277,10 @@ def _nbytes(factors: Factors) -> int:
 
 
 def _selected(factors: Factors, adapters: Tensor) -> Factors:
-    if torch.equal(adapters, torch.arange(len(factors.A), device=adapters.device)):
+    """The factors of some adapters, int64 on the CPU; the very same tensors where it is all of them in order."""
+    if torch.equal(adapters, torch.arange(len(factors.A))):
         return factors
+    adapters = adapters.to(factors.A.device)
     return Factors(factors.A.index_select(0, adapters), factors.Bt.index_select(0, adapters))
 
 
@@ -284,15 +297,16 @@ def check_fits(adapter: str, headers: Mapping[str, ModuleHeader], linear: Mappin
             )
 
 
-def _stacked(adapters: Sequence[LoraAdapter], name: str, ranks: Mapping[int, int], layer: nn.Module) -> Factors:
+def _stacked(
+    adapters: Sequence[LoraAdapter], name: str, ranks: Mapping[int, int], layer: Any, dtype: torch.dtype
+) -> Factors:
     """One module's factors of all adapters, ranks by the number of the adapter; each is read once."""
-    weight = frozen_weight(layer)
-    outer, inner = weight.shape
-    A = torch.zeros(len(adapters), max(ranks.values()), inner, dtype=weight.dtype)
-    Bt = torch.zeros(len(adapters), max(ranks.values()), outer, dtype=weight.dtype)
-    wide = torch.promote_types(weight.dtype, torch.float32)
+    outer, inner = shape_of(layer)
+    A = torch.zeros(len(adapters), max(ranks.values()), inner, dtype=dtype)
+    Bt = torch.zeros(len(adapters), max(ranks.values()), outer, dtype=dtype)
+    wide = torch.promote_types(dtype, torch.float32)
     for number, rank in ranks.items():
         module = adapters[number].modules[name]
         A[number, :rank] = module.A.detach()
         Bt[number, :rank] = (module.B.detach().to(wide) * module.scaling).T
-    return Factors(A.to(weight.device), Bt.to(weight.device))
+    return Factors(A.to(layer.weight.device), Bt.to(layer.weight.device))

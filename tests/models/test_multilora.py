@@ -250,7 +250,7 @@ def test_choices_that_do_not_fit_are_refused(base: BaseModel, varied: list[LoraA
 
 @given(st.lists(st.integers(-1, 5), max_size=40))
 def test_layout_deals_every_row_once(index: list[int]) -> None:
-    layout = plan_layout(index, torch.device("cpu"))
+    layout = plan_layout(index)
     owners = layout.adapters.repeat_interleave(layout.size)
     slots = torch.arange(len(index)) if layout.slots is None else layout.slots
     rows = slots if layout.rows is None else layout.rows
@@ -263,7 +263,7 @@ def test_layout_deals_every_row_once(index: list[int]) -> None:
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=8, unique=True), st.integers(1, 6))
 def test_layout_reads_equal_neighbours_in_place(adapters: list[int], each: int) -> None:
     index = [adapter for adapter in adapters for _ in range(each)]
-    layout = plan_layout(index, torch.device("cpu"))
+    layout = plan_layout(index)
     assert layout.slots is None
     assert Counter(layout.adapters.tolist()).keys() == set(adapters)
     assert layout.size == each

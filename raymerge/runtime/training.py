@@ -31,8 +31,7 @@ def train_to_folders(task: TrainTask, worker: Any) -> dict[str, Any]:
         TrainingGroup(
             group.name,
             tuple(
-                (render_prompt(e.asked, task.prompt_format, base.tokenizer), e.response)
-                for e in _rows(personas, group)
+                (render_prompt(e.asked, task.prompt_format, base.tokenizer), e.response) for e in _rows(personas, group)
             ),
         )
         for group in task.groups

@@ -35,7 +35,7 @@ def is_quantised(module: Any) -> bool:
 
 
 def compute_dtype(model: Any, module: Any) -> torch.dtype:
-    """The dtype of what a linear layer is given and gives out: its weight's, or the embedding's where it is quantised."""
+    """The dtype that a linear layer is given and gives out: its weight's, or the embedding's where it is quantised."""
     weight = model.get_input_embeddings().weight if is_quantised(module) else module.weight
     dtype: torch.dtype = weight.dtype
     return dtype

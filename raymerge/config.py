@@ -8,10 +8,19 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from raymerge import storage
 from raymerge.errors import ProjectError, unknown
@@ -27,6 +36,96 @@ class Section(BaseModel):
     """A frozen part of the project file that knows all its keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SplitNames(Section):
+    """A column that names the split. `train`, `validation`, `test`: values that mean it, beside its own name."""
+
+    column: str = "split"
+    train: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+
+    @field_validator("train", "validation", "test", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _each_name_once(self) -> SplitNames:
+        names = [*self.train, *self.validation, *self.test]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"{twice[0]!r} is given for two splits")
+        return self
+
+    def meanings(self) -> dict[str, str]:
+        """What each value of the column means."""
+        splits = ("train", "validation", "test")
+        return {**{s: s for s in splits}, **{name: s for s in splits for name in getattr(self, s)}}
+
+
+class SplitShares(Section):
+    """Splits made here. `time`, `order`: of each persona's examples, sorted by `column` or as in the file, the last
+    share is test and the one before it validation. `random`: a hash of persona and prompt decides for each example.
+    """
+
+    by: Literal["time", "order", "random"]
+    column: str | None = None
+    validation: float = Field(default=0.2, ge=0, lt=1)
+    test: float = Field(default=0.2, ge=0, lt=1)
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _leaves_training_rows(self) -> SplitShares:
+        if (self.by == "time") != (self.column is not None):
+            raise ValueError("`by: time` needs `column`, when an example was said, and nothing else does")
+        if self.validation + self.test >= 1:
+            raise ValueError("validation and test take everything: their sum must be below 1, or nobody can be trained")
+        return self
+
+
+def _kind_of_split(value: Any) -> str:
+    return (
+        "SplitShares" if isinstance(value, SplitShares) or (isinstance(value, dict) and "by" in value) else "SplitNames"
+    )
+
+
+SPLIT_KINDS = ("SplitNames", "SplitShares")  # pydantic puts the kind into the place of an error
+
+
+class PersonaSource(Section):
+    """Where examples lie, and what their columns are called. docs/data.md describes it.
+
+    path: a .jsonl or .parquet file, a folder of such files, or a pattern with `*`. messages: a column of chats, in
+    place of prompt and response. skip_empty: leave examples without text out, instead of refusing them.
+    """
+
+    path: str
+    persona: str = "persona"
+    prompt: str = "prompt"
+    response: str = "response"
+    messages: str | None = None
+    split: Annotated[
+        Annotated[SplitNames, Tag("SplitNames")] | Annotated[SplitShares, Tag("SplitShares")],
+        Discriminator(_kind_of_split),
+    ] = SplitNames()
+    skip_empty: bool = False
+
+    @field_validator("split", mode="before")
+    @classmethod
+    def _column_of_splits(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"column": value}
+        if isinstance(value, (dict, SplitNames, SplitShares)):
+            return value
+        raise ValueError("must be a column, or a mapping with `column` or `by`")
+
+    @model_validator(mode="after")
+    def _one_form(self) -> PersonaSource:
+        if self.messages is not None and self.model_fields_set & {"prompt", "response"}:
+            raise ValueError("give `messages`, or `prompt` and `response`: a chat holds both")
+        return self
 
 
 class Clusters(Section):
@@ -110,6 +209,16 @@ class Training(Section):
         }
         return self.model_copy(update=single)
 
+    @property
+    def choices(self) -> tuple[int, ...]:
+        """The numbers of epochs of one grouping, of which there may be several to choose from."""
+        assert not isinstance(self.epochs, dict)
+        return (self.epochs,) if isinstance(self.epochs, int) else self.epochs
+
+    def with_epochs(self, epochs: int) -> Training:
+        """The same with one number of epochs."""
+        return self.model_copy(update={"epochs": epochs})
+
 
 class Evaluation(Section):
     """How answers are scored and in which portions they are dealt to the workers."""
@@ -119,7 +228,8 @@ class Evaluation(Section):
     split: Literal["validation", "test"] = "test"
     personas_per_item: int = Field(default=50, ge=1)
     scales: tuple[float, ...] = (0.5, 0.7, 1.0, 1.4, 2.0)  # that `scale: tuned` chooses from, times match_norm
-    tuning_examples: int = Field(default=2, ge=1)  # validation examples of a persona that tuning looks at
+    tuning_examples: int = Field(default=3, ge=1)  # validation examples of a persona that tuning looks at
+    tuning_personas: int = Field(default=100, ge=1)  # evenly chosen
     seed: int = 0
 
     @field_validator("scales")
@@ -131,18 +241,31 @@ class Evaluation(Section):
 
 
 class Hardware(Section):
-    """What one worker takes of the Ray cluster, and how many there are at most."""
+    """What one worker takes of the Ray cluster, and how many there are at most.
 
-    gpus_per_model: float | Literal["auto"] = "auto"  # auto: one where the Ray cluster has any
+    dtype is what the base computes in. Adapters are trained and saved in float32 whatever it is.
+    """
+
+    gpus_per_model: float | Literal["auto"] = "auto"  # auto: one where there is any; 2: the base is spread over two
     cpus_per_model: float = Field(default=1, gt=0)
     cpus_per_merge: float = Field(default=1, gt=0)
     max_model_workers: int | None = Field(default=None, ge=1)
     max_merge_workers: int | None = Field(default=None, ge=1)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
+        "auto"  # auto: bfloat16 on a GPU that has it, else float32
+    )
+    quantization: Literal["none", "8bit", "4bit"] = "none"  # of the base, by bitsandbytes: raymerge[quantised]
     expert_cache: str = "256MiB"
     ready_deadline: float = Field(default=600, gt=0)  # seconds; with autoscaling it holds the start of a machine too
     autoscaling: bool = False  # machines are added as workers ask for them: give gpus_per_model and max_*_workers
     max_attempts: int = Field(default=3, ge=1)
+
+    @field_validator("gpus_per_model")
+    @classmethod
+    def _whole_above_one(cls, value: float | str) -> float | str:
+        if isinstance(value, float) and not (0 <= value <= 1 or (value > 1 and value.is_integer())):
+            raise ValueError("give a share of one GPU (0.5), or a whole number")
+        return value
 
     @field_validator("expert_cache")
     @classmethod
@@ -157,7 +280,7 @@ class Project(Section):
     location: str
     workspace: str = "."
     base_model: str | None = None
-    personas: str | None = None
+    personas: PersonaSource | None = None
     adapters: str = "adapters/{persona}"
     unified_adapter: str = "unified"
     cluster_adapters: str = "clusters/{cluster}"
@@ -169,6 +292,15 @@ class Project(Section):
     hardware: Hardware = Hardware()
     output: str = "runs"
     recipes: dict[str, dict[str, Any]] = {}
+
+    @field_validator("personas", mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"path": value} if value else None
+        if value is None or isinstance(value, (dict, PersonaSource)):
+            return value
+        raise ValueError("must be a path, or a mapping with `path`")
 
     @model_validator(mode="after")
     def _placeholders(self) -> Project:
@@ -250,7 +382,7 @@ def _with_text_keys(value: Any) -> Any:
 def _explain(error: ValidationError) -> str:
     lines = []
     for problem in error.errors():
-        where = ".".join(str(p) for p in problem["loc"]) or "project"
+        where = ".".join(str(p) for p in problem["loc"] if p not in SPLIT_KINDS) or "project"
         if problem["type"] == "extra_forbidden":
             allowed = _allowed_keys(problem["loc"][:-1])
             lines.append(unknown("key", str(problem["loc"][-1]), allowed, shown=f"`{where}`"))
@@ -260,10 +392,15 @@ def _explain(error: ValidationError) -> str:
 
 
 def _allowed_keys(path: tuple[int | str, ...]) -> list[str]:
-    model: Any = Project
+    models = [Project]
     for part in path:
-        field = model.model_fields.get(part)
-        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
-            return []
-        model = field.annotation
-    return sorted(name for name in model.model_fields if name != "location")
+        fields = [model.model_fields[str(part)] for model in models if part in model.model_fields]
+        models = [m for f in fields for m in _sections(f.annotation)] or [m for m in models if m.__name__ == part]
+    return sorted({name for model in models for name in model.model_fields if name != "location"})
+
+
+def _sections(annotation: Any) -> list[Any]:
+    """The sections that a key may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for inner in get_args(annotation) for found in _sections(inner)]

@@ -41,7 +41,7 @@ __all__ = [
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 COLUMNS = ("persona", "prompt", "response", "split")
-NOWHERE = PersonaSource("")  # of examples made in memory
+NOWHERE = PersonaSource(path="")  # of examples made in memory
 SCHEMA = pa.schema([(column, pa.large_string()) for column in COLUMNS])
 
 
@@ -157,7 +157,7 @@ def read_personas(source: PersonaSource | str) -> Personas:
     Raises PersonaError with file and line for a line that is no JSON object, a missing or non-text value, an unknown
     split, a name that cannot be a folder's; and for a file without examples. StorageError if it cannot be read.
     """
-    source = PersonaSource(source) if isinstance(source, str) else source
+    source = PersonaSource(path=source) if isinstance(source, str) else source
     location = source.path
     if not location.endswith((".jsonl", ".parquet")):
         raise PersonaError(f"{location}: is neither .jsonl nor .parquet.")

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from raymerge.config import PersonaSource, Project
 
-from raymerge.config import Project
-
-
-@dataclass(frozen=True)
-class PersonaSource:
-    """What a task carries to read the same examples again. path: absolute, or a URI."""
-
-    path: str
+__all__ = ["PersonaSource", "source_of"]
 
 
 def source_of(project: Project) -> PersonaSource | None:
-    """The examples that a project names; None where it has none."""
-    return PersonaSource(project.path(project.personas)) if project.personas else None
+    """The examples that a project names, with an absolute path; None where it has none."""
+    source = project.personas
+    return None if source is None else source.model_copy(update={"path": project.path(source.path)})

@@ -243,7 +243,8 @@ class Evaluation(Section):
 class Hardware(Section):
     """What one worker takes of the Ray cluster, and how many there are at most.
 
-    dtype is what the base computes in. Adapters are trained and saved in float32 whatever it is.
+    dtype: what the base computes in; auto is bfloat16 on GPUs that have it, else float32. Factors are kept in float32
+    while they are trained, and saved so, whatever it is. float16 has no loss scaling: prefer bfloat16 for training.
     """
 
     gpus_per_model: float | Literal["auto"] = "auto"  # auto: one where there is any; 2: the base is spread over two
@@ -251,9 +252,7 @@ class Hardware(Section):
     cpus_per_merge: float = Field(default=1, gt=0)
     max_model_workers: int | None = Field(default=None, ge=1)
     max_merge_workers: int | None = Field(default=None, ge=1)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
-        "auto"  # auto: bfloat16 on a GPU that has it, else float32
-    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["none", "8bit", "4bit"] = "none"  # of the base, by bitsandbytes: raymerge[quantised]
     expert_cache: str = "256MiB"
     ready_deadline: float = Field(default=600, gt=0)  # seconds; with autoscaling it holds the start of a machine too

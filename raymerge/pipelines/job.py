@@ -48,6 +48,8 @@ def worker_kinds(project: Project, base_model: str | None) -> list[WorkerKind]:
         "base_model": base_model or "",
         "name": project.base_model or "",
         "dtype": hardware.dtype,
+        "quantization": hardware.quantization,
+        "gpus": 1 if hardware.gpus_per_model == "auto" else max(1, int(hardware.gpus_per_model)),
         "expert_cache": hardware.expert_cache,
     }
     model = WorkerKind(

@@ -47,23 +47,37 @@ class MergeWorker:
         return gather(task)
 
 
-def _device_here() -> str:
-    """The GPU that Ray gave this process, if it gave one."""
+def _placed(device: str, gpus: int) -> tuple[str, int]:
+    """A device and a number of GPUs for the base; `auto` takes what this process sees, which may be less or nothing."""
+    if device != "auto":
+        return device, gpus if device == "cuda" else 1
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return ("cuda", min(gpus, visible)) if visible else ("cpu", 1)
 
 
 class ModelWorker:
-    """Holds a base model on one device: trains adapters on it, generates and scores answers with it."""
+    """Holds a base model: trains adapters on it, generates and scores answers with it.
+
+    name: what adapters trained on it record. gpus: how many the base is spread over. The others as `load_base` says.
+    """
 
     def __init__(
-        self, base_model: str, name: str, dtype: str = "auto", device: str = "auto", expert_cache: str = "256MiB"
+        self,
+        base_model: str,
+        name: str,
+        dtype: str = "auto",
+        quantization: str = "none",
+        device: str = "auto",
+        gpus: int = 1,
+        expert_cache: str = "256MiB",
     ) -> None:
         self.base_model = base_model
-        self.name = name  # what adapters trained on it record
+        self.name = name
         self.dtype = dtype
-        self.device = device if device != "auto" else _device_here()
+        self.quantization = quantization
+        self.device, self.gpus = _placed(device, gpus)
         self.cache = ExpertCache(parse_size(expert_cache))
         self._base: Any = None
         self._encoders: dict[str, Any] = {}
@@ -74,18 +88,21 @@ class ModelWorker:
         if self._base is None:
             from raymerge.models.base import load_base
 
-            loaded = load_base(str(storage.open_local(self.base_model)), device=self.device, dtype=self.dtype)
+            loaded = load_base(
+                str(storage.open_local(self.base_model)), self.device, self.dtype, self.quantization, self.gpus
+            )
             self._base = replace(loaded, location=self.name)
         return self._base
 
     @property
     def dtype_name(self) -> str:
-        """The dtype that the base computes in, which results depend on."""
+        """The dtype that the base computes in and the bits it is kept in (`bfloat16 4bit`): results depend on both."""
         import torch
 
         from raymerge.models.base import resolve_dtype
 
-        return str(resolve_dtype(self.dtype, torch.device(self.device))).removeprefix("torch.")
+        computed = str(resolve_dtype(self.dtype, torch.device(self.device))).removeprefix("torch.")
+        return computed if self.quantization == "none" else f"{computed} {self.quantization}"
 
     def encoder(self, model: str) -> Any:
         """A sentence encoder, loaded at first use and held."""

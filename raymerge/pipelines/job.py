@@ -16,7 +16,8 @@ from raymerge.pipelines.opening import Opened, base_location
 from raymerge.runtime.pool import WorkerKind, run_local, run_on_ray
 from raymerge.runtime.progress import Progress
 from raymerge.runtime.scheduler import Item, Outcome
-from raymerge.runtime.tasks import EmbedTask, SketchTask, TrainTask
+from raymerge.runtime.tasks import EmbedTask, SketchTask, TrainTask, TuneTask
+from raymerge.runtime.training_progress import LiveTrainings
 from raymerge.runtime.workers import MergeWorker, ModelWorker
 
 FLUSH_S = 2.0
@@ -67,7 +68,7 @@ def kinds_used(opened: Opened, items: Iterable[Item]) -> set[str]:
     """
     items = list(items)
     used = {item.kind for item in items}
-    if any(isinstance(item.payload, EmbedTask | SketchTask) for item in items):
+    if any(isinstance(item.payload, EmbedTask | SketchTask | TuneTask) for item in items):
         if opened.recipes:
             used.add("merge")
         if opened.personas is not None and opened.project.base_model is not None:
@@ -90,11 +91,16 @@ def carry_out(
     used = kinds_used(opened, items)
     kinds = [kind for kind in worker_kinds(opened.project, base_location(opened.project)) if kind.name in used]
     timings = Timings(opened.project, items)
+    live = LiveTrainings(say=lambda text: progress.say(text))
+    live.expect(items)
+    progress = Progress(title, watch=live.lines)
 
     def settled(outcome: Outcome) -> Sequence[Item]:
         timings.note(outcome)
+        live.settle(outcome)
         new = follow(outcome) if follow is not None else ()
         timings.expect(new)
+        live.expect(new)
         return new
 
     runner = run_local if local else run_on_ray
@@ -103,7 +109,7 @@ def carry_out(
     )
     try:
         outcomes = runner(
-            items, kinds, follow=settled, progress=Progress(title), max_attempts=hardware.max_attempts, **options
+            items, kinds, follow=settled, progress=progress, max_attempts=hardware.max_attempts, **options
         )
     finally:
         timings.flush()
@@ -163,9 +169,10 @@ class Timings:
         """Note an item that was really done."""
         if outcome.error is None and not (outcome.result or {}).get("skipped"):
             step, _, rest = outcome.item_id.partition("/")
-            in_run = step in ("merge", "evaluate", "validate", "gather")
+            in_run = step in ("merge", "evaluate", "validate", "tune", "gather")
             folder = self._project.run_folder(rest.split("/")[0]) if in_run else self._project.shared_folder()
-            record: dict[str, Any] = {"item": outcome.item_id, "seconds": round(outcome.seconds, 3)}
+            spared = (outcome.result or {}).get("spared_s", 0.0)  # seconds of workers before it, from their checkpoint
+            record: dict[str, Any] = {"item": outcome.item_id, "seconds": round(outcome.seconds + spared, 3)}
             record["host"] = outcome.host
             if outcome.item_id in self._adapters:
                 record["adapters"] = self._adapters[outcome.item_id]

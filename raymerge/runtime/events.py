@@ -168,9 +168,10 @@ class KindState:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Where a job stands. Totals may grow, as results bring new items."""
+    """Where a job stands. Totals may grow, as results bring new items. working: ids of items being worked on."""
 
     kinds: tuple[KindState, ...]
+    working: tuple[str, ...] = ()
 
     @property
     def done(self) -> int:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 EVERY_S = 5.0
 WINDOW_S = 60.0
+LOOK_S = 1.0
+LIVE_EVERY_S = 15.0
+MOST_LIVE = 8
 
 
 class Pace:
@@ -93,6 +97,8 @@ class Progress:
 
     title: what is being done, in a few words. stream: standard error unless given; a terminal gets a bar, anything
     else a line at most every `every_s` seconds and one at the end. quiet: nothing at all. clock: seconds, monotonic.
+    watch: turns the ids of items being worked on into lines on how far each is. A thread asks it every second, since an
+    item in this process blocks whoever deals it: the bar shows the lines below, a job log gets them every 15 seconds.
     """
 
     def __init__(
@@ -103,6 +109,7 @@ class Progress:
         quiet: bool = False,
         every_s: float = EVERY_S,
         clock: Callable[[], float] = time.monotonic,
+        watch: Callable[[Sequence[str]], Sequence[str]] | None = None,
     ) -> None:
         self.title = title
         self._stream = stream if stream is not None else sys.stderr
@@ -113,6 +120,12 @@ class Progress:
         self._snapshot = Snapshot(())
         self._started = self._spoke = clock()
         self._live: Live | None = None
+        self._watch = watch
+        self._lines: Sequence[str] = ()
+        self._listed: float | None = None
+        self._printing = threading.Lock()
+        self._ended = threading.Event()
+        self._watching: threading.Thread | None = None
 
     def __enter__(self) -> Progress:
         self._started = self._spoke = self._clock()
@@ -124,12 +137,21 @@ class Progress:
             render = lambda: self._bar(console)  # noqa: E731  the bar is drawn by a thread, so that its clock never stops
             self._live = Live(console=console, get_renderable=render, refresh_per_second=4)
             self._live.start()
+        if self._watch is not None and not self._quiet:
+            self._ended.clear()
+            self._watching = threading.Thread(target=self._keep_looking, name="progress", daemon=True)
+            self._watching.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._watching is not None:
+            self._ended.set()
+            self._watching.join(timeout=10 * LOOK_S)  # it may be reading from far away
+            self._watching = None
         if self._live is not None:
+            self._lines = ()
             self._live.stop()
             self._live = None
         elif self._snapshot.total:
@@ -144,6 +166,22 @@ class Progress:
             self._spoke = now
             self._line(self._status())
 
+    def look(self) -> None:
+        """Ask the watch how far the items being worked on are, and show it."""
+        working = self._snapshot.working
+        lines = self._watch(working) if self._watch is not None and working else ()
+        more = len(lines) - MOST_LIVE
+        self._lines = [*lines[:MOST_LIVE], f"and {more} more"] if more > 0 else lines
+        now = self._clock()
+        if self._live is None and lines and (self._listed is None or now - self._listed >= LIVE_EVERY_S):
+            self._listed = now
+            for line in self._lines:
+                self._line(line)
+
+    def _keep_looking(self) -> None:
+        while not self._ended.wait(LOOK_S):
+            self.look()
+
     def say(self, text: str) -> None:
         """Print a line of its own, above the bar if there is one."""
         if self._live is not None:
@@ -152,7 +190,9 @@ class Progress:
             self._line(text)
 
     def _line(self, text: str) -> None:
-        if not self._quiet:
+        if self._quiet:
+            return
+        with self._printing:
             print(f"{self.title}: {text}" if self.title else text, file=self._stream, flush=True)
 
     def _status(self) -> str:
@@ -175,7 +215,8 @@ class Progress:
         grid.add_row(Text(self.title, style="bold"), bar, Text(counts_text(snapshot, self._pace, now)))
         below = [kind_text(kind) for kind in snapshot.kinds if kind.total]
         below.append(f"{clock_text(now - self._started)} elapsed")
-        return Group(grid, *(Text(f"  {line}", style="dim", no_wrap=True, overflow="ellipsis") for line in below))
+        dim = [Text(f"  {line}", style="dim", no_wrap=True, overflow="ellipsis") for line in below]
+        return Group(grid, *dim, *(Text(f"  {line}", no_wrap=True, overflow="ellipsis") for line in self._lines))
 
 
 def _left(kind: KindState) -> int:

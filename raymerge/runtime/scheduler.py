@@ -93,14 +93,16 @@ class Scheduler:
         return [self._outcomes[id] for id in self._items if id in self._outcomes]
 
     def snapshot(self) -> Snapshot:
-        """Counts for a progress display."""
+        """Counts for a progress display, and what is being worked on."""
         states = []
+        working: list[str] = []
         for lane in self._lanes.values():
             workers = lane.workers.values()
             running, ready = sum(bool(w.in_flight) for w in workers), sum(w.ready for w in workers)
             starting = len(workers) - ready
+            working += [w.in_flight[0] for w in workers if w.in_flight]
             states.append(KindState(lane.kind, lane.done, lane.failed, lane.total, running, ready, starting))
-        return Snapshot(tuple(states))
+        return Snapshot(tuple(states), tuple(working))
 
     def handle(self, event: Event) -> list[Instruction]:
         """Take note of an event and return what to do now, in this order."""

@@ -2,57 +2,64 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raymerge import storage
 from raymerge.adapters import LoraAdapter
-from raymerge.adapters.formats import adapter_digest
 from raymerge.adapters.peft import encode_adapter
-from raymerge.errors import PersonaError
 from raymerge.manifest import invalidate, is_complete, write_artefact
-from raymerge.models.training import TrainingGroup, TrainingSettings, train
-from raymerge.personas import Personas, read_personas, render_prompt
+from raymerge.models.training import GroupProgress, Trained, TrainingGroup, learning_rate, train
+from raymerge.personas import Example, read_personas, render_prompt
+from raymerge.runtime.experts import first_line
 from raymerge.runtime.tasks import TrainGroup, TrainTask
+from raymerge.runtime.training_checkpoints import Checkpoint, Checkpoints
+from raymerge.runtime.training_curves import Curves, check_tensorboard, curves_folder
+from raymerge.runtime.training_inputs import TrainingInputs, gather_inputs
+from raymerge.runtime.training_progress import ProgressFile
 
 
 def train_to_folders(task: TrainTask, worker: Any) -> dict[str, Any]:
-    """Train a task's adapters unless all are there; if one is missing all are trained, so that bytes stay the same."""
-    personas = read_personas(task.personas)
-    dtype = worker.dtype_name
-    keys = {group.name: _key(task, group, personas, dtype) for group in task.groups}
-    missing = [group for group in task.groups if not is_complete(group.folder, keys[group.name])]
+    """Train a task's adapters unless all are there; if one is missing all are trained, so that bytes stay the same.
+
+    Each is written as soon as it is finished. A training that was interrupted goes on from its last checkpoint. The
+    result tells how many adapters were written, which diverged (`failed`), what people should know (`said`), and the
+    seconds of earlier workers that the checkpoint spared this one (`spared_s`).
+    """
+    inputs = gather_inputs(task, read_personas(task.personas), worker.dtype_name)
+    missing = {g.name for g in task.groups if not is_complete(g.folder, inputs.groups[g.name].key)}
+    checkpoints = Checkpoints(task.folder, inputs.key)
     if not missing:
+        _clear(task, checkpoints)
         return {"skipped": True}
-    for group in missing:
-        invalidate(group.folder)
-    base = worker.base
-    started = _start(task, worker)
-    groups = [
-        TrainingGroup(
-            group.name,
-            tuple(
-                (render_prompt(e.asked, task.prompt_format, base.tokenizer), e.response) for e in _rows(personas, group)
-            ),
-        )
-        for group in task.groups
-    ]
-    failed: dict[str, str] = {}
-    wanted = {group.name for group in missing}
-    for group, result in zip(task.groups, train(base, groups, _settings(task), start_from=started), strict=True):
-        if result.diverged:
-            failed[group.name] = f"{group.name}: training diverged: its loss became NaN. Lower the learning rate."
-        elif group.name in wanted:
-            manifest = {
-                "name": group.name,
-                "grouping": task.grouping,
-                "personas": list(group.personas),
-                "training": dict(task.training),
-                "base_digest": task.base_digest,
-                "losses": [round(loss, 6) for loss in result.losses],
-                "tokens": result.tokens,
-            }
-            write_artefact(group.folder, encode_adapter(result.adapter), manifest, keys[group.name])
-    return {"skipped": False, "adapters": len(missing) - len(failed), "failed": failed}
+    if task.training.get("tensorboard"):
+        check_tensorboard()
+    for group in task.groups:
+        if group.name in missing:
+            invalidate(group.folder)
+    begun = checkpoints.newest()
+    if begun is not None and missing.intersection(begun.note["finished"]):
+        begun = None
+    recorder = Recorder(task, inputs, missing, checkpoints, begun)
+    try:
+        base = worker.base
+        groups = [
+            TrainingGroup(
+                name,
+                _rendered(group.rows, task.prompt_format, base.tokenizer),
+                _rendered(group.validation, task.prompt_format, base.tokenizer),
+            )
+            for name, group in inputs.groups.items()
+        ]
+        state = None if begun is None else begun.state
+        train(base, groups, inputs.settings, _start(task, worker), recorder, state)
+        recorder.publish()
+    finally:
+        recorder.close()
+    _clear(task, checkpoints)
+    return recorder.result()
 
 
 def _start(task: TrainTask, worker: Any) -> LoraAdapter | None:
@@ -63,29 +70,170 @@ def _start(task: TrainTask, worker: Any) -> LoraAdapter | None:
     return worker.cache.read(start, location, base=worker.base_model or None)  # type: ignore[no-any-return]
 
 
-def _rows(personas: Personas, group: TrainGroup) -> list[Any]:
-    rows = [example for persona in group.personas for example in personas.examples(persona, "train")]
-    if not rows:
-        raise PersonaError(f"{group.name}: has no training examples.\nAdd rows with split train, or leave it out.")
-    return rows
+def _rendered(examples: tuple[Example, ...], prompt_format: str, tokenizer: Any) -> tuple[tuple[str, str], ...]:
+    return tuple((render_prompt(e.asked, prompt_format, tokenizer), e.response) for e in examples)
 
 
-def _key(task: TrainTask, group: TrainGroup, personas: Personas, dtype: str) -> str:
-    start = task.training["start_from"]
-    return storage.digest_value(
-        {
-            "rows": [e.content for e in _rows(personas, group)],
-            "training": {k: v for k, v in task.training.items() if k != "adapters_per_item"},
-            "prompt_format": task.prompt_format,
-            "base": task.base_digest,
-            "dtype": dtype,
-            "start": adapter_digest(storage.resolve(task.workspace, start)) if start else None,
-            "name": None if task.training["shared_init"] else group.name,
+def _clear(task: TrainTask, checkpoints: Checkpoints) -> None:
+    """Nothing of a finished item stays but its adapters."""
+    checkpoints.clear()
+    ProgressFile(task.folder).remove()
+    if not storage.list_names(task.folder):
+        storage.remove(task.folder)
+
+
+class Recorder:
+    """What `train` tells, written down: adapters, checkpoints, how far it is, curves.
+
+    missing: the adapters to be written; the others are there, and only trained again. begun: what it goes on from.
+    """
+
+    def __init__(
+        self,
+        task: TrainTask,
+        inputs: TrainingInputs,
+        missing: set[str],
+        checkpoints: Checkpoints,
+        begun: Checkpoint | None,
+    ) -> None:
+        note: Mapping[str, Any] = {} if begun is None else begun.note
+        self._task = task
+        self._inputs = inputs
+        self._settings = inputs.settings
+        self._missing = missing
+        self._checkpoints = checkpoints
+        self._steps: dict[str, int] = dict(note.get("steps", {}))
+        self._of = int(note.get("of", 0))
+        self._validation: dict[str, float | None] = dict(note.get("validation", {}))
+        self._spared_s = float(note.get("seconds", 0.0))
+        self._finished: list[str] = []
+        self._failed: dict[str, str] = {}
+        self._started = self._saved = time.monotonic()
+        self._progress = ProgressFile(task.folder)
+        self._progress.remove()  # that of a worker that was killed
+        self._curves = _open_curves(task, missing, resumed=begun is not None)
+        if begun is not None:
+            self.said(f"goes on from its checkpoint, {sum(self._steps.values())} of {self._of} steps")
+
+    def stepped(self, progress: Mapping[str, GroupProgress], tokens: int) -> None:
+        """See models.training.Watch."""
+        self._progress.stepped(progress, tokens)
+        if self._curves is not None:
+            for name in self._missing:
+                self._draw(name, progress[name])
+        self._steps = {name: p.step for name, p in progress.items()}
+        self._validation = {name: p.validation for name, p in progress.items()}
+        self._of = sum(p.steps for p in progress.values())
+
+    def finished(self, trained: Trained) -> None:
+        """See models.training.Watch."""
+        name = trained.adapter.name
+        if trained.diverged:
+            self._failed[name] = f"{name}: training diverged: its loss became NaN. Lower the learning rate."
+            return
+        self._finished.append(name)
+        if name in self._missing:
+            [group] = [group for group in self._task.groups if group.name == name]
+            write_artefact(group.folder, self._files(group, trained), self._manifest(group, trained), self._key(name))
+
+    def said(self, text: str) -> None:
+        """See models.training.Watch."""
+        self._progress.say(text)
+
+    def due(self) -> bool:
+        """See models.training.Watch."""
+        return time.monotonic() - self._saved >= float(self._task.training["checkpoint_every"])
+
+    def save(self, state: bytes) -> None:
+        """See models.training.Watch. A checkpoint that cannot be written ends no training."""
+        note = {
+            "finished": self._finished,
+            "steps": self._steps,
+            "of": self._of,
+            "validation": self._validation,
+            "seconds": self._spared_s + time.monotonic() - self._started,
         }
-    )
+        try:
+            self.publish()
+            self._checkpoints.write(state, note)
+        except OSError as error:
+            self.said(f"a checkpoint could not be written, training goes on: {first_line(error)}")
+        self._saved = time.monotonic()
+
+    def publish(self) -> None:
+        """Curves so far are there for others to see."""
+        if self._curves is not None:
+            self._curves.publish()
+
+    def close(self) -> None:
+        """Whatever happened, no file stays open."""
+        if self._curves is not None:
+            self._curves.close()
+
+    def result(self) -> dict[str, Any]:
+        """What the driver is told."""
+        return {
+            "skipped": False,
+            "adapters": len(self._missing.intersection(self._finished)),
+            "failed": self._failed,
+            "said": self._progress.said,
+            "spared_s": self._spared_s,
+        }
+
+    def _key(self, name: str) -> str:
+        return self._inputs.groups[name].key
+
+    def _draw(self, name: str, progress: GroupProgress) -> None:
+        if self._curves is None or progress.step <= self._steps.get(name, 0):
+            return
+        values = {"loss": progress.loss}
+        values["learning rate"] = learning_rate(progress.step - 1, progress.steps, self._settings)
+        if self._progress.tokens_per_s is not None:
+            values["tokens per second"] = self._progress.tokens_per_s
+        if progress.validation is not None and progress.validation != self._validation.get(name):
+            values["validation loss"] = progress.validation
+        self._curves.note(name, progress.step, values)
+
+    def _files(self, group: TrainGroup, trained: Trained) -> dict[str, bytes]:
+        files = encode_adapter(trained.adapter)
+        if self._task.grouping == "cluster":
+            files["cluster_info.json"] = storage.encode_json(cluster_info(group, self._inputs.groups[group.name].rows))
+        return files
+
+    def _manifest(self, group: TrainGroup, trained: Trained) -> dict[str, Any]:
+        choice = self._inputs.choice
+        return {
+            "name": group.name,
+            "grouping": self._task.grouping,
+            "personas": list(group.personas),
+            "training": dict(self._inputs.training),
+            "base_digest": self._task.base_digest,
+            "losses": [round(loss, 6) for loss in trained.losses],
+            "validation": [[step, round(loss, 6)] for step, loss in trained.validation],
+            "best_step": trained.best_step,
+            "steps": len(trained.losses),
+            "tokens": trained.tokens,
+            "epochs_chosen": None if choice is None else choice.as_record(),
+        }
 
 
-def _settings(task: TrainTask) -> TrainingSettings:
-    known = {k: v for k, v in task.training.items() if k in TrainingSettings.__dataclass_fields__}
-    targets = known["target_modules"]
-    return TrainingSettings(**{**known, "target_modules": targets if isinstance(targets, str) else tuple(targets)})
+def _open_curves(task: TrainTask, missing: set[str], *, resumed: bool) -> Curves | None:
+    if not task.training.get("tensorboard"):
+        return None
+    curves = Curves(curves_folder(task.folder), resumed=resumed)
+    for name in () if resumed else missing:
+        curves.begin(name)
+    return curves
+
+
+def cluster_info(group: TrainGroup, rows: Sequence[Example]) -> dict[str, Any]:
+    """Who a cluster's adapter was trained on, for people who find it: members, and the one with the most examples."""
+    counts = Counter(example.persona for example in rows)
+    largest = min(counts, key=lambda persona: (-counts[persona], persona))
+    return {
+        "cluster": group.name,
+        "members": list(group.personas),
+        "personas": len(group.personas),
+        "examples": len(rows),
+        "largest": {"persona": largest, "examples": counts[largest]},
+    }

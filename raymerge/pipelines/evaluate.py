@@ -9,7 +9,7 @@ from raymerge import storage
 from raymerge.errors import EvaluationError, RecipeError, RoutingError, did_you_mean
 from raymerge.manifest import read_manifest
 from raymerge.pipelines.job import finish
-from raymerge.pipelines.opening import Opened, need_adapters, need_recipes, open_project
+from raymerge.pipelines.opening import Opened, need_adapters, need_recipes, open_project, with_those_asked
 from raymerge.pipelines.steps import Steps, run_steps
 from raymerge.recipes import Recipe
 
@@ -68,7 +68,8 @@ def _merged_runs(opened: Opened, runs: Sequence[str]) -> Opened:
             f"{found} `raymerge merge {opened.project.location}` makes them."
         )
     wanted = sorted(set(runs)) or merged
-    return replace(opened, recipes={n: opened.recipes.get(n) or _recorded(opened, n) for n in wanted})
+    chosen = {n: opened.recipes.get(n) or _recorded(opened, n) for n in wanted}
+    return replace(opened, recipes=with_those_asked(chosen, opened.recipes))
 
 
 def _record(opened: Opened, name: str) -> str:

@@ -93,7 +93,7 @@ def open_project(
     for name in recipes:
         if name not in parsed:
             raise RecipeError(f"{location}: {unknown('recipe', name, parsed)}")
-    chosen = {name: parsed[name] for name in (recipes or parsed)}
+    chosen = with_those_asked({name: parsed[name] for name in (recipes or parsed)}, parsed)
     source = source_of(project)
     personas = read_personas(source) if source is not None else None
     adapters, strangers = _find_adapters(project, personas)
@@ -102,6 +102,17 @@ def open_project(
         f"{n}: has no examples, so its adapter is left out ({len(strangers)} such adapters)" for n in strangers[:1]
     ]
     return Opened(project, personas, chosen, adapters, tuple(notes))
+
+
+def with_those_asked(chosen: Mapping[str, Recipe], known: Mapping[str, Recipe]) -> dict[str, Recipe]:
+    """Recipes, and those that a selective one of them chooses among. Raises RecipeError for one that is not known."""
+    asked: dict[str, Recipe] = {}
+    for one in chosen.values():
+        for name in one.strategy_parameters.get("among") or ():
+            if name not in known:
+                raise RecipeError(f"recipe {one.name}: {unknown('recipe in `among`', name, known)}")
+            asked[name] = known[name]
+    return {**asked, **chosen}
 
 
 def _find_adapters(project: Project, personas: Personas | None) -> tuple[tuple[str, ...], list[str]]:

@@ -1,18 +1,18 @@
 """The steps of a job: train, merge, evaluate, in any selection; what every command that starts work is made of.
 
-Planning continues as results arrive: clusters and routing need embeddings, so that everything which needs neither
-is queued at once, and the rest as soon as the last embedding is there.
+Planning continues as results arrive: clusters and routing need embeddings, what validation examples choose needs them
+scored. So everything that waits for nothing is queued at once, and the rest as soon as what it waits for is there.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from raymerge.config import Grouping
 from raymerge.evaluation.scores import kind_of
 from raymerge.merging.methods import METHODS
+from raymerge.pipelines import own_trainings, trainings, tuning
 from raymerge.pipelines.checks import check_evaluation, check_recipes
 from raymerge.pipelines.job import JobResult, carry_out
 from raymerge.pipelines.layout import write_run_files
@@ -25,38 +25,52 @@ from raymerge.pipelines.placing import (
     needs_embeddings,
     place,
 )
-from raymerge.pipelines.planning import (
-    Scoring,
-    embedding_items,
-    evaluation_items,
-    merge_items,
-    merges_of,
-)
-from raymerge.pipelines.trainings import check_training, start_of, trained_by, training_items
+from raymerge.pipelines.planning import TRAINS_ITS_OWN, embedding_items, merge_items, merges_of
+from raymerge.pipelines.scoring import Scoring, evaluation_items
+from raymerge.pipelines.selecting import candidates_of
+from raymerge.pipelines.trials import trial_items, trials_of
 from raymerge.recipes import Recipe
-from raymerge.routing.table import RoutingTable
 from raymerge.runtime.scheduler import Item, Outcome
+from raymerge.runtime.tasks import TrainGroup
 
 
 @dataclass(frozen=True)
 class Steps:
-    """What a job does: groupings to train, whether to write merged adapters, whether to evaluate."""
+    """What a job does: groupings to train, whether to write merged adapters, whether to evaluate.
+
+    cluster: the only one to train of grouping `cluster`, by label or number.
+    """
 
     train: tuple[Grouping, ...] = ()
     merge: bool = False
     evaluate: bool = False
     refit: bool = False
+    cluster: str | None = None
+
+
+@dataclass
+class Room:
+    """Planning that waits: when all of these items are settled, `go_on` says what is to be done next."""
+
+    waits_for: set[str]
+    go_on: Callable[[], list[Item]]
 
 
 @dataclass
 class Plan:
-    """A job's plan, which grows when the embeddings are there."""
+    """A job's plan, which grows as results arrive.
+
+    trained: folder of an adapter -> the item that trains it. decided: recipes with nothing left open, by name.
+    undecided: recipe -> why it could not be carried out.
+    """
 
     opened: Opened
     steps: Steps
     starts: dict[Grouping, str | None] = field(default_factory=dict)
     trained: dict[str, str] = field(default_factory=dict)
-    waiting: set[str] = field(default_factory=set)
+    rooms: list[Room] = field(default_factory=list)
+    decided: dict[str, Recipe] = field(default_factory=dict)
+    undecided: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -68,9 +82,11 @@ class Plan:
     def check(self) -> None:
         """Raise what can be known to be wrong before any item starts, and note what one would not expect."""
         opened, steps = self.opened, self.steps
-        self.starts = {grouping: start_of(opened, grouping) for grouping in steps.train}
-        check_training(opened, self.starts)
+        self.starts = {grouping: trainings.start_of(opened, grouping) for grouping in steps.train}
+        trainings.check_training(opened, self.starts)
+        own_trainings.check(opened)
         check_recipes(opened, train=steps.train, merge=steps.merge)
+        tuning.check_tuning(opened)
         if steps.evaluate:
             check_evaluation(opened)
         check_placing(opened, self.placing(), refit=steps.refit)
@@ -90,23 +106,138 @@ class Plan:
         for grouping in ("unified", "persona"):
             items += self._trainings(grouping, None)
         embeddings = embedding_items(self.opened, self.experts, self.trained) if self.placing().embeddings else []
-        self.waiting = {item.id for item in embeddings}
-        return embeddings + items + ([] if embeddings else self.rest())
+        if embeddings:
+            self._wait(embeddings, self.rest)
+            return embeddings + items
+        return items + self.rest()
+
+    def follow(self, outcome: Outcome) -> list[Item]:
+        """More items, once the last one that some planning waits for is settled."""
+        items: list[Item] = []
+        for room in list(self.rooms):
+            room.waits_for.discard(outcome.item_id)
+            if not room.waits_for:
+                self.rooms.remove(room)
+                items += room.go_on()
+        return items
+
+    def rest(self) -> list[Item]:
+        """Cluster trainings, merges and evaluations; those of recipes that leave something open come when it is known.
+
+        All that can be routed is routed before anything is written, since routing may refuse one.
+        """
+        placed = place(self.opened, self.placing(), refit=self.steps.refit)
+        recipes = list(self.opened.recipes.values())
+        for recipe in recipes:
+            if not recipe.tuned and recipe.strategy != "selective":
+                placed.route(recipe)
+        items = self._trainings("cluster", placed.clusters)
+        of_recipes = [self._begin(recipe, placed) for recipe in recipes if recipe.strategy != "selective"]
+        selective = [self._select(recipe, placed) for recipe in recipes if recipe.strategy == "selective"]
+        parts = [*of_recipes, *selective]
+        order = ("try", "train", "tune", "merge")  # evaluations come last, since they wait for the others
+        flat = [item for part in parts for item in part]
+        ranks = {id(item): order.index(s) if (s := item.id.split("/")[0]) in order else len(order) for item in flat}
+        return items + sorted(flat, key=lambda item: ranks[id(item)])
+
+    def _wait(self, items: Collection[Item], go_on: Callable[[], list[Item]]) -> None:
+        self.rooms.append(Room({item.id for item in items}, go_on))
 
     def _trainings(self, grouping: Grouping, clusters: Mapping[str, str] | None) -> list[Item]:
+        """The items that train a grouping, and those that try its numbers of epochs."""
         if grouping not in self.steps.train:
             return []
         start = self.starts[grouping]
-        items = training_items(self.opened, grouping, clusters, start=start, trained=self.trained)
-        self.trained |= trained_by(items)
-        return items
+        groups = trainings.train_groups(self.opened, grouping, clusters, only=self.steps.cluster)
+        settings = self.opened.project.training.of(grouping)
+        after = trainings.maker_of(self.opened.project, start, self.trained)
+        trials = trials_of(self.opened, grouping, settings.choices) if groups else ()
 
-    def follow(self, outcome: Outcome) -> list[Item]:
-        """More items once the last embedding is there."""
-        if outcome.item_id not in self.waiting:
-            return []
-        self.waiting.discard(outcome.item_id)
-        return [] if self.waiting else self.rest()
+        def make(name: str, tried: tuple[TrainGroup, ...], epochs: int, after: Collection[str]) -> Item:
+            task = trainings.training_task(self.opened, grouping, settings.with_epochs(epochs), start)
+            return trainings.training_item(self.opened, name, replace(task, groups=tried), after)
+
+        tries = trial_items(
+            self.opened, grouping, groups, trials, make, served=lambda group: group.personas, after=after
+        )
+        waits = after | {item.id for item in tries}
+        items = trainings.training_items(self.opened, grouping, groups, start=start, trials=trials, after=waits)
+        self.trained |= trainings.trained_by(items)
+        return [*tries, *items]
+
+    def _begin(self, recipe: Recipe, placed: Placed) -> list[Item]:
+        """A recipe's items, or those that find out what it leaves open."""
+        items: list[Item] = []
+        if recipe.strategy in TRAINS_ITS_OWN:
+            table, _ = placed.route(recipe)
+            items = own_trainings.items_of(self.opened, recipe, table)
+            self.trained |= trainings.trained_by(i for i in items if not i.id.startswith("try/"))
+        if not recipe.tuned:
+            return [*items, *self._carry_out(recipe, placed)]
+        tries = tuning.tuning_items(self.opened, recipe, lambda one: placed.route(one)[0], self.trained)
+
+        def go_on() -> list[Item]:
+            values = tuning.chosen(self.opened, recipe, tries)
+            if values is None:
+                self.undecided[f"tune/{recipe.name}"] = f"{recipe.name}: nothing could be scored, so nothing is chosen."
+                return []
+            return self._carry_out(recipe, placed, values)
+
+        self._wait(tries, go_on)
+        return [*items, *tries]
+
+    def _select(self, recipe: Recipe, placed: Placed) -> list[Item]:
+        """Nothing yet: a selective recipe begins when those it chooses among are scored on validation examples."""
+        waits = {f"gather/{name}/{self._validation}" for name in recipe.strategy_parameters["among"]}
+
+        def go_on() -> list[Item]:
+            found = candidates_of(self.opened, recipe, self.decided, placed, self._validation)
+            if len(found) < 2:
+                self.undecided[f"select/{recipe.name}"] = f"{recipe.name}: what it chooses among could not be scored."
+                return []
+            return self._carry_out(recipe, replace(placed, inputs=replace(placed.inputs, candidates=found)))
+
+        self.rooms.append(Room(waits, go_on))
+        return []
+
+    def _carry_out(self, recipe: Recipe, placed: Placed, values: Mapping[str, float] | None = None) -> list[Item]:
+        """Merges and evaluations of a recipe, with the values that were chosen for it."""
+        final = recipe.resolved(values) if values else recipe
+        self.decided[recipe.name] = final
+        table, notes = placed.route(final)
+        self.notes += [f"{recipe.name}: {note}" for note in notes]
+        items: list[Item] = []
+        merges = merges_of(self.opened, final, table)
+        if self.steps.merge:
+            write_run_files(self.opened.project, recipe, table, placed, notes, merges.locations)
+            items = merge_items(self.opened, final, merges.tasks, self.trained)
+        return items + [
+            item
+            for scoring in self._scorings(recipe)
+            for item in evaluation_items(self.opened, final, table, merges, self.trained, scoring)
+        ]
+
+    @property
+    def _validation(self) -> str:
+        """The folder of a run that validation scores go into."""
+        return "validation" if self.steps.merge else "validation_in_memory"
+
+    def _scorings(self, recipe: Recipe) -> list[Scoring]:
+        """Test examples; and for what competes to be chosen, validation examples, so that test rows choose nothing."""
+        split = self.opened.project.evaluation.split
+        in_memory = not self.steps.merge
+        scorings = []
+        if self.steps.evaluate:
+            scorings.append(Scoring("evaluation_in_memory" if in_memory else "evaluation", split, in_memory))
+        asked = any(recipe.name in one.strategy_parameters.get("among", ()) for one in self.opened.recipes.values())
+        competes = self.steps.evaluate and self.steps.merge and kind_of(recipe.name, recipe.as_dict()) == "recipe"
+        if asked or (competes and split == "test" and self._has_validation()):
+            scorings.append(Scoring(self._validation, "validation", in_memory))
+        return scorings
+
+    def _has_validation(self) -> bool:
+        personas = self.opened.need_personas("evaluation")
+        return len(personas.missing("validation")) < len(personas.names)
 
     def _notes_on_methods(self) -> list[str]:
         """What users of the methods should know, each once."""
@@ -116,46 +247,6 @@ class Plan:
             if note is not None and self.steps.merge:
                 found.setdefault(note, []).append(recipe.method)
         return [f"method {', '.join(dict.fromkeys(names))}: {note}" for note, names in found.items()]
-
-    def rest(self) -> list[Item]:
-        """Cluster trainings, merges and evaluations."""
-        placed = place(self.opened, self.placing(), refit=self.steps.refit)
-        # all are routed before any is written, since routing may refuse one
-        routed = [(recipe, *placed.route(recipe)) for recipe in self.opened.recipes.values()]
-        items = self._trainings("cluster", placed.clusters)
-        per_recipe = [self._items_of(recipe, placed, table, notes) for recipe, table, notes in routed]
-        merges = [m for m, _ in per_recipe]
-        evaluations = [e for _, e in per_recipe]
-        return items + list(itertools.chain.from_iterable(merges)) + list(itertools.chain.from_iterable(evaluations))
-
-    def _items_of(
-        self, recipe: Recipe, placed: Placed, table: RoutingTable, notes: tuple[str, ...]
-    ) -> tuple[list[Item], list[Item]]:
-        self.notes += [f"{recipe.name}: {note}" for note in notes]
-        items: list[Item] = []
-        merges = merges_of(self.opened, recipe, table)
-        if self.steps.merge:
-            write_run_files(self.opened.project, recipe, table, placed, notes, merges.locations)
-            items = merge_items(self.opened, recipe, merges.tasks, self.trained)
-        if not self.steps.evaluate:
-            return items, []
-        return items, [
-            item
-            for scoring in self._scorings(recipe)
-            for item in evaluation_items(self.opened, recipe, table, merges, self.trained, scoring)
-        ]
-
-    def _scorings(self, recipe: Recipe) -> list[Scoring]:
-        """Test examples; and for what competes to be chosen, validation examples, so that test rows choose nothing."""
-        split = self.opened.project.evaluation.split
-        if not self.steps.merge:
-            return [Scoring("evaluation_in_memory", split, in_memory=True)]
-        scorings = [Scoring("evaluation", split)]
-        competes = kind_of(recipe.name, recipe.as_dict()) == "recipe"
-        personas = self.opened.need_personas("evaluation")
-        if split == "test" and competes and len(personas.missing("validation")) < len(personas.names):
-            scorings.append(Scoring("validation", "validation"))
-        return scorings
 
     def placing(self) -> Placing:
         """What the job needs to know of its personas."""
@@ -173,7 +264,7 @@ def run_steps(opened: Opened, steps: Steps, *, local: bool, title: str) -> JobRe
     """Plan a job and carry it out."""
     plan = Plan(opened, steps)
     result = carry_out(opened, plan.first(), follow=plan.follow, local=local, title=title)
-    return replace(result, notes=tuple(plan.notes))
+    return replace(result, failed={**result.failed, **plan.undecided}, notes=tuple(plan.notes))
 
 
 def describe(opened: Opened, steps: Steps) -> list[str]:
@@ -182,6 +273,9 @@ def describe(opened: Opened, steps: Steps) -> list[str]:
     plan.check()
     lines = []
     for name, recipe in opened.recipes.items():
+        if recipe.tuned or recipe.strategy == "selective":
+            lines.append(f"{name}: {' and '.join(recipe.tuned) or 'its adapters'} chosen on validation examples first")
+            continue
         alone = replace(plan, opened=opened.only([name])).placing()
         if alone.embeddings and not embeddings_are_there(opened, alone.experts):
             k = f" k = {recipe.strategy_parameters['k']}," if "k" in recipe.strategy_parameters else ""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from raymerge import manifest, storage
 from raymerge.adapters.catalogue import Catalogue
-from raymerge.config import GROUPINGS, Grouping, Project
-from raymerge.errors import AdapterError, PersonaError, ProjectError
+from raymerge.config import GROUPINGS, Grouping, Project, Training
+from raymerge.errors import AdapterError, PersonaError, ProjectError, unknown
 from raymerge.pipelines.opening import Opened
 from raymerge.runtime.bases import base_digest
 from raymerge.runtime.scheduler import Item
-from raymerge.runtime.tasks import TrainGroup, TrainTask
+from raymerge.runtime.tasks import PrefixTask, TrainGroup, TrainTask, Trial
 
 
 def all_groupings(opened: Opened) -> tuple[Grouping, ...]:
@@ -91,44 +91,58 @@ def check_training(opened: Opened, starts: Mapping[Grouping, str | None]) -> Non
 def training_items(
     opened: Opened,
     grouping: Grouping,
-    clusters: Mapping[str, str] | None,
+    groups: Sequence[TrainGroup],
     *,
     start: str | None,
-    trained: Mapping[str, str],
+    trials: Sequence[Trial] = (),
+    after: Collection[str] = (),
 ) -> list[Item]:
-    """Items that train one grouping: equal-sized personas side by side, `adapters_per_item` at a time; clusters and
-    the unified adapter one per item, the largest first.
+    """Items that train one grouping: personas side by side, `adapters_per_item` at a time; clusters and the unified
+    adapter one per item. The largest come first.
 
-    clusters: persona -> label, needed for grouping `cluster`. start: what training begins from. trained: see
-    `trained_by`, of the items before, which those that begin from one of their adapters wait for.
+    start: what training begins from. trials: what chooses where several numbers of epochs are given. after: ids of
+    items that must be settled before.
     """
-    project = opened.project
-    personas = opened.need_personas("training")
-    settings = project.training.of(grouping)
-    groups = _train_groups(opened, grouping, clusters)
-    sizes = {g.name: sum(len(personas.examples(p, "train")) for p in g.personas) for g in groups}
-    whole = TrainTask(
-        groups=(),
-        grouping=grouping,
-        personas=personas.source,
-        training={**settings.model_dump(mode="json"), "start_from": start},
-        prompt_format=project.generation.prompt_format,
-        base_digest=base_digest(opened.need_base("training")),
-        workspace=project.workspace,
-        folder="",
-    )
-    after = maker_of(project, start, trained)
+    whole = training_task(opened, grouping, opened.project.training.of(grouping), start, trials)
     items = []
-    for number, portion in enumerate(_portions(groups, sizes, settings.adapters_per_item)):
+    for number, portion in enumerate(portions(opened, groups)):
         label = "unified" if grouping == "unified" else portion[0].name if grouping == "cluster" else f"{number:04d}"
-        name = f"train/{label}" if grouping == "unified" else f"train/{grouping}/{label}"
-        place = storage.join(project.shared_folder(), "training", name.removeprefix("train/"))
-        task = replace(whole, groups=tuple(portion), folder=place)
-        items.append(Item(name, "model", "train", task, after=after, alone=True))
+        name = label if grouping == "unified" else f"{grouping}/{label}"
+        items.append(training_item(opened, f"train/{name}", replace(whole, groups=tuple(portion)), after))
     return items
 
 
-def _train_groups(opened: Opened, grouping: Grouping, clusters: Mapping[str, str] | None) -> list[TrainGroup]:
+def training_task(
+    opened: Opened, grouping: str, settings: Training, start: str | None, trials: Sequence[Trial] = ()
+) -> TrainTask:
+    """What all items of a grouping have in common; groups and folder are still to be filled in."""
+    return TrainTask(
+        groups=(),
+        grouping=grouping,
+        personas=opened.need_personas("training").source,
+        training={**settings.model_dump(mode="json"), "start_from": start},
+        prompt_format=opened.project.generation.prompt_format,
+        base_digest=base_digest(opened.need_base("training")),
+        workspace=opened.project.workspace,
+        folder="",
+        trials=tuple(trials),
+    )
+
+
+def training_item(opened: Opened, name: str, task: TrainTask, after: Collection[str]) -> Item:
+    """An item that trains a task's groups. Its folder, for checkpoints, follows from its name."""
+    folder = storage.join(opened.project.shared_folder(), "training", name.removeprefix("train/"))
+    return Item(name, "model", "train", replace(task, folder=folder), after=frozenset(after), alone=True)
+
+
+def train_groups(
+    opened: Opened, grouping: Grouping, clusters: Mapping[str, str] | None, only: str | None = None
+) -> list[TrainGroup]:
+    """The adapters of a grouping that are to be trained, by name; those that somebody else made are used as they are.
+
+    clusters: persona -> label, needed for grouping `cluster`. only: a cluster's label or number, None for all.
+    Raises ProjectError for a persona without a cluster, or a cluster that is not there.
+    """
     project = opened.project
     members: dict[str, list[str]] = {}
     for name in opened.trainable:
@@ -136,6 +150,11 @@ def _train_groups(opened: Opened, grouping: Grouping, clusters: Mapping[str, str
         if label is None:
             raise ProjectError(f"{project.location}: {name} is in no cluster, so none can be trained with it.")
         members.setdefault(label, []).append(name)
+    if only is not None:
+        chosen = f"cluster_{int(only):02d}" if only.isdecimal() else only
+        if chosen not in members:
+            raise ProjectError(f"--cluster {only}: {unknown('cluster', chosen, members)}")
+        members = {chosen: members[chosen]}
     return [
         TrainGroup(label, project.adapter_location(label), tuple(members[label]))
         for label in sorted(members)
@@ -153,25 +172,28 @@ def is_foreign(location: str) -> bool:
     return known is not None and "grouping" not in known
 
 
-def _portions(groups: Sequence[TrainGroup], sizes: Mapping[str, int], most: int) -> list[list[TrainGroup]]:
-    by_size: dict[int, list[TrainGroup]] = {}
-    for group in groups:
-        by_size.setdefault(sizes[group.name], []).append(group)
-    return [
-        same[start : start + most]
-        for _, same in sorted(by_size.items(), reverse=True)
-        for start in range(0, len(same), most)
-    ]
+def portions(opened: Opened, groups: Sequence[TrainGroup]) -> list[list[TrainGroup]]:
+    """Groups dealt to items, the largest first, those of like size together: adapters of many personas alone, others
+    `adapters_per_item` at a time."""
+    personas = opened.need_personas("training")
+    sizes = {g.name: sum(len(personas.examples(p, "train")) for p in g.personas) for g in groups}
+    ordered = sorted(groups, key=lambda g: (-sizes[g.name], g.name))
+    shared = {"unified", *(g.name for g in groups if g.name.startswith("cluster_"))}
+    most = 1 if any(g.name in shared for g in groups) else opened.project.training.adapters_per_item
+    return [ordered[start : start + most] for start in range(0, len(ordered), most)]
 
 
 def trained_by(items: Iterable[Item]) -> dict[str, str]:
-    """Adapter name -> id of the item that trains it."""
-    return {g.name: item.id for item in items if isinstance(item.payload, TrainTask) for g in item.payload.groups}
+    """Folder of an adapter -> id of the item that trains it."""
+    return {
+        g.folder: item.id
+        for item in items
+        if isinstance(item.payload, TrainTask | PrefixTask)
+        for g in item.payload.groups
+    }
 
 
 def maker_of(project: Project, place: str | None, trained: Mapping[str, str]) -> frozenset[str]:
     """The item that trains the adapter at a location of the project file, if one does."""
-    if place is None or not trained:
-        return frozenset()
-    location = project.path(place)
-    return frozenset(item for name, item in trained.items() if project.adapter_location(name) == location)
+    maker = trained.get(project.path(place)) if place is not None else None
+    return frozenset() if maker is None else frozenset({maker})

@@ -36,6 +36,7 @@ CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = MappingProxyType(
         "tokens": (_count, "a whole number of virtual tokens, 1 or more"),
         "epochs": (lambda value: value is None or _count(value) or (isinstance(value, list | tuple) and len(value) > 0
                    and all(map(_count, value))), "a whole number, or several to choose from on validation examples"),
+        "learning_rate": (lambda value: _number(value) and value > 0, "a number above 0"),
         "among": (lambda value: isinstance(value, Mapping) and len(value) > 1,
                   "the names of two recipes or more, of strategies base, own, unified or cluster_trained"),
         "of": (lambda value: isinstance(value, Mapping) and "strategy" in value,

@@ -173,7 +173,8 @@ STRATEGIES: Mapping[str, Strategy] = _named(
     _make("selective", "the best of a few recipes, chosen on validation examples", "", _selective,
           among=None, sure=0.8),
     _make("neighbours_trained", "one trained on the examples of X's experts", "own", _same, of=None, epochs=None),
-    _make("prefix", "the persona's own prefix (prefix tuning)", "", _everybody, tokens=8, epochs=None),
+    _make("prefix", "the persona's own prefix (prefix tuning)", "", _everybody,
+          tokens=8, epochs=None, learning_rate=1e-2),
     *CONTROLS.values(),
 )  # fmt: skip
 

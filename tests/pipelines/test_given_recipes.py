@@ -65,7 +65,7 @@ def test_parameters_are_read_as_fuse_reads_them(project):
         ({"rank": "two"}, "rank 'two' is no rank"),
         ({"method": "tie"}, "unknown method 'tie'. Did you mean ties"),
         ({"method": "ties", "density": 1.5}, r"method ties: density 1.5 cannot be used.\nExpected a density above 0"),
-        ({"scale": "nan"}, "scale is a number or match_norm"),
+        ({"scale": "nan"}, "scale is a number, match_norm"),
     ],
 )
 def test_what_cannot_be_given_is_refused_and_nothing_written(project, given, message):

@@ -106,8 +106,8 @@ def test_without_a_base_model_what_needs_it_fails_by_name(project, capsys):
 
 
 def test_what_becomes_of_rows_is_planned_once_in_a_recipe(project, monkeypatch):
-    asked, real = [], planning.is_reference
-    monkeypatch.setattr(planning, "is_reference", lambda *row: asked.append(row[1].adapter) or real(*row))
+    asked, real = [], planning._experts
+    monkeypatch.setattr(planning, "_experts", lambda *row: asked.append(row[2].adapter) or real(*row))
     assert merge(project, recipes=["exact"], local=True) == 0
     assert asked == ["cluster_00", "cluster_01"]
     asked.clear()

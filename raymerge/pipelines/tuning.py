@@ -1,0 +1,124 @@
+"""Tuning: values that a recipe leaves to validation examples, tried side by side for a part of the personas.
+
+Every recipe chooses its factor from the same grid, by the same examples and the same measure, so that no row of a
+comparison has had more attention than another. One value serves all personas: a few examples of one would not carry
+a choice of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from raymerge import storage
+from raymerge.errors import PersonaError
+from raymerge.manifest import read_manifest
+from raymerge.pipelines.opening import Opened
+from raymerge.pipelines.placing import write_if_new
+from raymerge.pipelines.planning import cut, merges_of
+from raymerge.pipelines.scoring import Answering, answering_of, evaluate_task, retrieval_of, waits_for
+from raymerge.pipelines.trials import spread
+from raymerge.recipes import Recipe
+from raymerge.routing.table import RoutingTable
+from raymerge.runtime.scheduler import Item
+from raymerge.runtime.tasks import Candidate, TuneTask
+
+OWN_WEIGHTS = (0.2, 0.4, 0.6, 0.8)
+NAME = "tuning.json"
+
+
+def check_tuning(opened: Opened) -> None:
+    """Raise now if a recipe leaves something to validation examples and there are none."""
+    for recipe in opened.recipes.values():
+        chooses = [*recipe.tuned, *(["its adapters"] if recipe.strategy == "selective" else [])]
+        if not chooses:
+            continue
+        personas = opened.need_personas(f"recipe {recipe.name}")
+        opened.need_base(f"recipe {recipe.name}")
+        if len(personas.missing("validation")) == len(personas.names):
+            raise PersonaError(
+                f"recipe {recipe.name}: {chooses[0]} is to be chosen on validation examples, and nobody has any.\n"
+                "Add rows with split validation, or give the recipe a number."
+            )
+
+
+def tuning_items(
+    opened: Opened, recipe: Recipe, route: Callable[[Recipe], RoutingTable], trained: Mapping[str, str]
+) -> list[Item]:
+    """Items that try every combination of what a recipe leaves open, each for a part of the personas.
+
+    route: from a recipe with nothing left open to its routing table.
+    """
+    tried: list[tuple[dict[str, float], dict[str, Answering]]] = []
+    by_weight: dict[float | None, dict[str, Answering]] = {}
+    for values in grid(opened, recipe):
+        weight = values.get("own_weight")
+        if weight not in by_weight:
+            plain = recipe.resolved({**values, "factor": 1.0} if "factor" in values else values)
+            table = route(plain)
+            merges = merges_of(opened, plain, table)
+            by_weight[weight] = answering_of(opened, plain, table, merges, trained, in_memory=True)
+        tried.append((values, by_weight[weight]))
+    without = set(opened.need_personas("tuning").missing("validation"))
+    settings = opened.project.evaluation
+    personas = spread([name for name in sorted(tried[0][1]) if name not in without], settings.tuning_personas)
+    whole = evaluate_task(opened, "validation", retrieval_of(opened, recipe))
+    items = []
+    for number, part in enumerate(cut(personas, settings.personas_per_item)):
+        candidates = tuple(
+            Candidate(json.dumps(values), tuple(found[name].source for name in part), values.get("factor", 1.0))
+            for values, found in tried
+        )
+        task = TuneTask(
+            folder=storage.join(folder_of(opened, recipe), f"{number:04d}"), candidates=candidates,
+            personas=whole.personas, split=whole.split, generation=whole.generation,
+            similarity_model=whole.similarity_model, batch_size=whole.batch_size, base_digest=whole.base_digest,
+            retrieval=whole.retrieval, most=settings.tuning_examples,
+        )  # fmt: skip
+        waits = frozenset().union(*(waits_for(found, part) for found in by_weight.values()))
+        items.append(Item(f"tune/{recipe.name}/{number:04d}", "model", "tune", task, after=waits))
+    return items
+
+
+def grid(opened: Opened, recipe: Recipe) -> list[dict[str, float]]:
+    """The combinations to try of what a recipe leaves open."""
+    axes = {"factor": opened.project.evaluation.scales, "own_weight": OWN_WEIGHTS}
+    names = recipe.tuned
+    return [dict(zip(names, values, strict=True)) for values in itertools.product(*(axes[n] for n in names))]
+
+
+def folder_of(opened: Opened, recipe: Recipe) -> str:
+    """Where the tuning of a run lies."""
+    return storage.join(opened.project.run_folder(recipe.name), "tuning")
+
+
+def chosen(opened: Opened, recipe: Recipe, items: list[Item]) -> dict[str, float] | None:
+    """The values of the highest mean similarity over personas, noted in `tuning.json`; None where nothing was scored.
+
+    Of equals the one nearest to a factor of 1.
+    """
+    scores: dict[str, list[float]] = {}
+    for item in items:
+        if read_manifest(item.payload.folder) is None:
+            continue
+        table = storage.read_parquet(storage.join(item.payload.folder, "similarity.parquet"))
+        means = table.group_by(["candidate", "persona"]).aggregate([("similarity", "mean")]).to_pylist()
+        for row in sorted(means, key=lambda row: (row["candidate"], row["persona"])):
+            scores.setdefault(row["candidate"], []).append(float(row["similarity_mean"]))
+    if not scores:
+        return None
+    tried = [
+        {**json.loads(label), "similarity": round(100 * float(np.mean(values)), 4)} for label, values in scores.items()
+    ]
+    best = max(tried, key=lambda one: (one["similarity"], -abs(math.log(one.get("factor", 1.0)))))
+    values = {name: float(best[name]) for name in recipe.tuned}
+    order = grid(opened, recipe)
+    tried.sort(key=lambda one: order.index({name: one[name] for name in recipe.tuned}))
+    result: dict[str, Any] = {"chosen": values, "tried": tried, "personas": len(next(iter(scores.values())))}
+    write_if_new(storage.join(folder_of(opened, recipe), NAME), storage.encode_json(result))
+    return values

@@ -21,11 +21,13 @@ from raymerge.errors import ModelError
 from raymerge.models.answers import AnswerHead, encode_prompts, encode_rows, keep_end, pad_right
 from raymerge.models.base import BaseModel
 from raymerge.models.multilora import MultiLora
+from raymerge.models.prefix import Prefixes
 
 # Tokens between two looks at the text for a stop string, and, on a GPU, at whether all rows are done.
 _LOOK_EVERY = 4
 
 Choice = Tensor | Sequence[int] | None
+Attached = MultiLora | Prefixes | None
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class GenerationSettings:
 
 def generate(
     base: BaseModel,
-    lora: MultiLora | None,
+    lora: Attached,
     prompts: Sequence[str],
     adapters: Choice,
     settings: GenerationSettings,
@@ -51,8 +53,8 @@ def generate(
 ) -> list[str]:
     """Greedy answers to rendered prompts, in their order, without outer white space.
 
-    adapters: int64 (rows,), an adapter of `lora` for each row, -1 for the base; or floating (rows, adapters), the
-        weights of each row's mixture; None is the base for all.
+    adapters: int64 (rows,), an adapter or prefix of `lora` for each row, -1 for the base; or floating (rows, adapters),
+        the weights of each row's mixture; None is the base for all.
     on_rows: called with the number of rows of each batch when they are done.
     A prompt that leaves no room for the answer loses its start (its opening token stays).
     Raises ModelError if adapters and prompts do not fit each other.
@@ -60,7 +62,7 @@ def generate(
     rows = _Rows(lora, adapters, len(prompts))
     tokens = encode_prompts(base, prompts)
     if base.max_length is not None:
-        room = max(1, base.max_length - settings.max_new_tokens)
+        room = max(1, base.max_length - settings.max_new_tokens - rows.taken)
         tokens = [keep_end(row, room) for row in tokens]
     stopping = _Stopping(base, settings)
     answers = [""] * len(prompts)
@@ -76,7 +78,7 @@ def generate(
 
 def score_references(
     base: BaseModel,
-    lora: MultiLora | None,
+    lora: Attached,
     prompts: Sequence[str],
     references: Sequence[str],
     adapters: Choice,
@@ -90,7 +92,8 @@ def score_references(
     if len(prompts) != len(references):
         raise ModelError(f"{len(prompts)} prompts meet {len(references)} references.\nEach prompt needs one.")
     rows = _Rows(lora, adapters, len(prompts))
-    encoded = encode_rows(base, prompts, references, end=False)
+    limit = base.max_length and base.max_length - rows.taken
+    encoded = encode_rows(base, prompts, references, end=False, limit=limit)
     head = AnswerHead(base, adapted=lora is not None and _changes_head(base, lora))
     scores = [0.0] * len(prompts)
     for batch in plan_batches(rows.owners, [len(row) for row in encoded], batch_size):
@@ -128,14 +131,17 @@ def plan_batches(owners: Sequence[int], lengths: Sequence[int], batch_size: int)
 class _Rows:
     """Which adapter or mixture answers for each row of a call."""
 
-    def __init__(self, lora: MultiLora | None, adapters: Choice, count: int) -> None:
+    def __init__(self, lora: Attached, adapters: Choice, count: int) -> None:
         self.lora = lora
+        self.taken = 0  # places of the context that a prefix has
         self.choice: Tensor | None = None
         self.owners = [-1] * count
         if adapters is None:
             return
         if lora is None:
             raise ModelError("rows name adapters, but none are loaded.\nPass a MultiLora, or no adapters.")
+        if isinstance(lora, Prefixes):
+            self.taken = lora.tokens
         self.choice = torch.as_tensor(adapters).cpu()
         if len(self.choice) != count:
             raise ModelError(f"{count} prompts meet adapters for {len(self.choice)}.\nName one for each prompt.")
@@ -149,7 +155,11 @@ class _Rows:
         if self.choice is None or self.lora is None:
             return nullcontext()
         chosen = self.choice[list(batch)]
-        return self.lora.rows(chosen) if chosen.ndim == 1 else self.lora.mixtures(chosen)
+        if chosen.ndim == 1:
+            return self.lora.rows(chosen)
+        if isinstance(self.lora, Prefixes):
+            raise ModelError("prefixes cannot be mixed.\nName one for each row.")
+        return self.lora.mixtures(chosen)
 
 
 class _Stopping:
@@ -235,6 +245,6 @@ def _before(row: list[int], ends: Sequence[int]) -> list[int]:
     return row[: next((at for at, token in enumerate(row) if token in ends), len(row))]
 
 
-def _changes_head(base: BaseModel, lora: MultiLora) -> bool:
+def _changes_head(base: BaseModel, lora: MultiLora | Prefixes) -> bool:
     head = base.model.get_output_embeddings()
     return any(module is head for name, module in base.model.named_modules() if name in lora.module_names)

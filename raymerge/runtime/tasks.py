@@ -79,7 +79,7 @@ class TrainTask:
 class PrefixTask:
     """Prefixes for PEFT trained side by side, each written to its group's folder.
 
-    training: as of a TrainTask; `tokens` are the virtual tokens of a prefix.
+    tokens: the virtual tokens of a prefix. training, trials: as of a TrainTask.
     """
 
     groups: tuple[TrainGroup, ...]
@@ -88,6 +88,7 @@ class PrefixTask:
     training: Mapping[str, Any]
     prompt_format: str
     base_digest: str
+    trials: tuple[Trial, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from raymerge.errors import EvaluationError, PersonaError, StorageError
 from raymerge.manifest import is_complete, read_manifest
 from raymerge.models.training import TrainingSettings
 from raymerge.personas import Example, Personas, Split
-from raymerge.runtime.tasks import TrainGroup, TrainTask
+from raymerge.runtime.tasks import PrefixTask, TrainGroup, TrainTask
 
 # How an adapter is computed, not what it is.
 _NOT_IN_KEY = ("adapters_per_item", "checkpoint_every", "tensorboard", "micro_batch", "gradient_checkpointing")
@@ -67,7 +67,7 @@ class TrainingInputs:
         return TrainingSettings(**{**known, "target_modules": targets if isinstance(targets, str) else tuple(targets)})
 
 
-def gather_inputs(task: TrainTask, personas: Personas, dtype: str) -> TrainingInputs:
+def gather_inputs(task: TrainTask | PrefixTask, personas: Personas, dtype: str) -> TrainingInputs:
     """Read what decides a task's adapters.
 
     dtype: of the base on this worker. Raises PersonaError where examples are missing or empty, EvaluationError where
@@ -75,13 +75,14 @@ def gather_inputs(task: TrainTask, personas: Personas, dtype: str) -> TrainingIn
     """
     choice = choose_epochs(task)
     training = dict(task.training) if choice is None else {**task.training, "epochs": choice.chosen}
-    start = training["start_from"]
+    named = training["start_from"]
+    start = storage.resolve(task.workspace, named) if named and isinstance(task, TrainTask) else None
     common = {
         "training": {key: value for key, value in training.items() if _is_in_key(key, value)},
         "prompt_format": task.prompt_format,
         "base": task.base_digest,
         "dtype": dtype,
-        "start": adapter_digest(storage.resolve(task.workspace, start)) if start else None,
+        "start": adapter_digest(start) if start else None,
     }
     groups = {group.name: _group_inputs(group, personas, training, common) for group in task.groups}
     return TrainingInputs(training, choice, groups)
@@ -119,7 +120,7 @@ def examples_of(personas: Personas, group: TrainGroup, split: Split) -> tuple[Ex
     return examples
 
 
-def choose_epochs(task: TrainTask) -> EpochChoice | None:
+def choose_epochs(task: TrainTask | PrefixTask) -> EpochChoice | None:
     """The number of epochs with the best mean similarity on validation examples, the smaller of equals; None where the
     task names one number. Trials that failed do not take part. Raises EvaluationError if all of them did."""
     epochs = task.training["epochs"]

@@ -56,16 +56,29 @@ def run(project: ProjectFile, recipe: Recipes = None, local: Local = False, refi
 def train(
     project: ProjectFile,
     group_by: Annotated[str, typer.Option(metavar="GROUPING", help="persona, cluster or unified.")],
+    cluster: Annotated[str | None, typer.Option(metavar="C", help="Only this cluster, by label or number.")] = None,
     start_from: Annotated[
         str | None, typer.Option(metavar="ADAPTER", help="Begin from a copy of this adapter.")
     ] = None,
+    rank: Annotated[int | None, typer.Option(metavar="R", help="Of the adapters; else the project's.")] = None,
+    epochs: Annotated[int | None, typer.Option(metavar="N", help="Else the project's, as the following.")] = None,
+    batch_size: Annotated[int | None, typer.Option(metavar="N", help="Rows of an adapter in a step.")] = None,
+    lr: Annotated[float | None, typer.Option(metavar="X", help="Learning rate at its highest.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Of initial factors and order.")] = None,
     local: Local = False,
     refit: Refit = False,
 ) -> None:
     """Train an adapter per persona, per cluster, or one on all."""
     from raymerge.pipelines.train import train as pipeline
 
-    end(pipeline(project, group_by=group_by, start_from=start_from, local=local, refit=refit))
+    given = {"rank": rank, "epochs": epochs, "batch_size": batch_size, "learning_rate": lr, "seed": seed}
+    settings = {key: value for key, value in given.items() if value is not None}
+    end(
+        pipeline(
+            project, group_by=group_by, cluster=cluster, start_from=start_from, settings=settings, local=local,
+            refit=refit,
+        )
+    )  # fmt: skip
 
 
 @app.command()

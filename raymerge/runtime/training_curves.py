@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from raymerge import storage
+from raymerge.config import GROUPINGS
 from raymerge.errors import ProjectError
 
 FLUSH_S = 10.0
@@ -18,14 +19,14 @@ FLUSH_S = 10.0
 def curves_folder(item_folder: str) -> str:
     """Where the curves of a training item lie, from where the item keeps what it knows.
 
-    `<output>/_shared/training/..` -> `<output>/tensorboard`; trainings of another kind beside it get a folder of their
-    own below that, so that curves of one name are never mixed.
+    `<output>/_shared/training/persona/0003` -> `<output>/tensorboard`. Trainings that are of no grouping, tries and
+    those of a recipe, have a folder of their own below it, since their adapters may have the same names.
     """
-    output, shared, place = item_folder.rpartition("/_shared/")
-    if not shared:
+    output, found, item = item_folder.rpartition("/_shared/training/")
+    if not found:
         return storage.join(item_folder, "tensorboard")
-    kind = "" if place.startswith("training/") else place.partition("/training/")[0]
-    return storage.join(output, "tensorboard", *filter(None, kind.split("/")))
+    kind, *parts = item.split("/")
+    return storage.join(output, "tensorboard", *([] if kind in GROUPINGS else [kind, *parts[:-1]]))
 
 
 def check_tensorboard() -> None:

@@ -1,6 +1,8 @@
 """What a person sees of a job, by a clock that the test sets."""
 
 import io
+import threading
+import time
 
 import pytest
 
@@ -145,3 +147,45 @@ def test_a_terminal_gets_the_bar_and_lines_above_it():
     text = stream.getvalue()
     assert "worker merge-0 lost: [killed]" in text
     assert "50/200 25 %" in text
+
+
+WORKING = Snapshot((model(1),), ("train/a", "train/b"))
+
+
+def test_lines_of_the_items_being_worked_on_stand_below_the_bar():
+    from rich.console import Console
+
+    stream, asked = io.StringIO(), []
+
+    def watch(ids):
+        asked.append(ids)
+        return [f"adapter_{n}: step 1/2" + " and more" * 20 for n in range(11)]
+
+    progress = Progress("training", stream=stream, watch=watch)
+    progress.look()
+    assert asked == []  # nothing is being worked on
+    progress.update(WORKING)
+    progress.look()
+    assert asked == [("train/a", "train/b")]
+    console = Console(file=stream, width=80, force_terminal=False)
+    stream.truncate(0), stream.seek(0)
+    console.print(progress._bar(console))
+    lines = stream.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line.split(":")[0].strip() for line in lines[-9:]] == [*(f"adapter_{n}" for n in range(8)), "and 3 more"]
+
+
+@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
+def test_lines_are_shown_while_an_item_blocks_this_thread(kind):
+    stream, line, deadline = kind(), "adapter_0: step 1/2", time.monotonic() + 30
+    with Progress("training", stream=stream, watch=lambda ids: [line]) as progress:
+        progress.update(WORKING)
+        while line not in stream.getvalue():
+            assert time.monotonic() < deadline
+    assert not [thread for thread in threading.enumerate() if thread.name == "progress"]
+
+
+def test_a_quiet_one_looks_at_nothing():
+    with Progress("x", stream=io.StringIO(), quiet=True, watch=pytest.fail) as progress:
+        progress.update(WORKING)
+        assert not [thread for thread in threading.enumerate() if thread.name == "progress"]

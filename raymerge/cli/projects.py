@@ -15,6 +15,7 @@ Recipes = Annotated[
 Runs = Annotated[list[str] | None, typer.Option("--run", metavar="NAME", help="Only this run; may be repeated.")]
 Local = Annotated[bool, typer.Option("--local", help="In this process, without Ray.")]
 Refit = Annotated[bool, typer.Option("--refit", help="Fit clusters and the embeddings' mean anew.")]
+Seeds = Annotated[int, typer.Option(min=1, metavar="N", help="Train everything N times, for the spread over seeds.")]
 
 
 @app.command()
@@ -25,12 +26,16 @@ def demo(
         float | None, typer.Option(min=0, max=1, metavar="X", help="How much neighbours share, 0 to 1.")
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Another seed is another world.")] = 0,
+    all_rows: Annotated[
+        bool, typer.Option("--all-rows", help="Every baseline and strategy, each tuned: about 25 minutes.")
+    ] = False,
+    seeds: Seeds = 1,
     local: Local = False,
 ) -> None:
     """Make a world; train, merge, evaluate and compare on it."""
     from raymerge.pipelines.demo import demo as pipeline
 
-    end(pipeline(out, quick=quick, relatedness=relatedness, seed=seed, local=local))
+    end(pipeline(out, quick=quick, relatedness=relatedness, seed=seed, all_rows=all_rows, seeds=seeds, local=local))
 
 
 @app.command()
@@ -45,11 +50,13 @@ def init(folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A folder 
 
 
 @app.command()
-def run(project: ProjectFile, recipe: Recipes = None, local: Local = False, refit: Refit = False) -> None:
+def run(
+    project: ProjectFile, recipe: Recipes = None, seeds: Seeds = 1, local: Local = False, refit: Refit = False
+) -> None:
     """Train what is missing, merge, evaluate and compare."""
     from raymerge.pipelines.run import run as pipeline
 
-    end(pipeline(project, recipes=recipe or (), local=local, refit=refit))
+    end(pipeline(project, recipes=recipe or (), seeds=seeds, local=local, refit=refit))
 
 
 @app.command()

@@ -25,7 +25,8 @@ def candidates_of(
     found = {}
     for name in recipe.strategy_parameters["among"]:
         place = storage.join(opened.project.run_folder(name), folder)
-        if name not in decided or read_manifest(place) is None:
+        scores = _scores(place) if name in decided and read_manifest(place) is not None else {}
+        if not scores:
             continue
         table, _ = placed.route(decided[name])
         factor = parse_scale(decided[name].scale)[0]
@@ -35,7 +36,7 @@ def candidates_of(
                 experts[persona] = (group.experts[0][0], factor) if group.experts else None
         if decided[name].strategy != "base":  # a persona without its own adapter cannot be given it
             experts = {persona: expert for persona, expert in experts.items() if expert is not None}
-        found[name] = Candidate(experts, _scores(place))
+        found[name] = Candidate(experts, scores)
     return found
 
 

@@ -89,6 +89,7 @@ class PrefixTask:
     prompt_format: str
     base_digest: str
     trials: tuple[Trial, ...] = ()
+    trials: tuple[Trial, ...] = ()
 
 
 @dataclass(frozen=True)

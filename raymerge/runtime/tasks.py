@@ -89,7 +89,6 @@ class PrefixTask:
     prompt_format: str
     base_digest: str
     trials: tuple[Trial, ...] = ()
-    trials: tuple[Trial, ...] = ()
 
 
 @dataclass(frozen=True)

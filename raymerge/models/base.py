@@ -108,8 +108,7 @@ def load_base(
         ) from error
     if {"cpu", "disk"} & set(getattr(model, "hf_device_map", {}).values()) and place.type != "cpu":
         raise ModelError(_too_large(location, gpus))
-    if quantization != "none":
-        _settle_quantised(model)
+    _settle_quantised(model)
     model.eval().requires_grad_(False)
     return BaseModel(model, tokenizer, model.get_input_embeddings().weight.device, kind, location, quantization)
 
@@ -162,10 +161,12 @@ def _quantizing(source: str, quantization: str, dtype: torch.dtype) -> dict[str,
 
 
 def _settle_quantised(model: Any) -> None:
+    """Make layers of bitsandbytes, asked for or found in the file, behave; there need be none."""
     # 8-bit products say at each call that they round what they are given: that is what they are for.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     for module in model.modules():
-        # Some CPUs would pack the weights anew at the first answer, and training could no longer read them.
+        # Where a CPU has this, the weights would be packed anew at the first answer: training could no longer read
+        # them, and a layer narrower than a block of 64 cannot be packed at all.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 

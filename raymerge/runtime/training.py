@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,8 @@ from typing import Any
 from raymerge import storage
 from raymerge.adapters import LoraAdapter
 from raymerge.adapters.peft import encode_adapter
+from raymerge.errors import ModelError
+from raymerge.evaluation.wording import cut
 from raymerge.manifest import invalidate, is_complete, write_artefact
 from raymerge.models.training import GroupProgress, Trained, TrainingGroup, learning_rate, train
 from raymerge.personas import Example, read_personas, render_prompt
@@ -24,9 +27,10 @@ from raymerge.runtime.training_progress import ProgressFile
 def train_to_folders(task: TrainTask, worker: Any) -> dict[str, Any]:
     """Train a task's adapters unless all are there; if one is missing all are trained, so that bytes stay the same.
 
-    Each is written as soon as it is finished. A training that was interrupted goes on from its last checkpoint. The
-    result tells how many adapters were written, which diverged (`failed`), what people should know (`said`), and the
-    seconds of earlier workers that the checkpoint spared this one (`spared_s`).
+    Each is written as soon as it is finished. A training that was interrupted goes on from its last checkpoint, which
+    holds the adapters that were finished too: those that are missing by now are written from it. The result tells how
+    many adapters were written, which diverged (`failed`), what people should know (`said`), and the seconds of earlier
+    workers that the checkpoint spared this one (`spared_s`).
     """
     inputs = gather_inputs(task, read_personas(task.personas), worker.dtype_name)
     missing = {g.name for g in task.groups if not is_complete(g.folder, inputs.groups[g.name].key)}
@@ -40,8 +44,6 @@ def train_to_folders(task: TrainTask, worker: Any) -> dict[str, Any]:
         if group.name in missing:
             invalidate(group.folder)
     begun = checkpoints.newest()
-    if begun is not None and missing.intersection(begun.note["finished"]):
-        begun = None
     recorder = Recorder(task, inputs, missing, checkpoints, begun)
     try:
         base = worker.base
@@ -56,10 +58,23 @@ def train_to_folders(task: TrainTask, worker: Any) -> dict[str, Any]:
         state = None if begun is None else begun.state
         train(base, groups, inputs.settings, _start(task, worker), recorder, state)
         recorder.publish()
+    except ModelError as error:
+        raise _with_persona(error, inputs) from error
     finally:
         recorder.close()
     _clear(task, checkpoints)
     return recorder.result()
+
+
+def _with_persona(error: ModelError, inputs: TrainingInputs) -> ModelError:
+    """The engine knows rows by their number among those of an adapter; people know them by whose they are."""
+    for name, group in inputs.groups.items():
+        found = re.match(rf"{re.escape(name)}: (validation: )?row (\d+)\b", str(error))
+        if found is not None:
+            examples = group.validation if found[1] else group.rows
+            example = examples[int(found[2])]
+            return ModelError(f"{error}\nIt is {example.persona}'s answer to {cut(example.prompt, 60)!r}.")
+    return error
 
 
 def _start(task: TrainTask, worker: Any) -> LoraAdapter | None:
@@ -147,7 +162,6 @@ class Recorder:
     def save(self, state: bytes) -> None:
         """See models.training.Watch. A checkpoint that cannot be written ends no training."""
         note = {
-            "finished": self._finished,
             "steps": self._steps,
             "of": self._of,
             "validation": self._validation,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from raymerge import storage
@@ -56,8 +56,8 @@ class TrainingInputs:
 
     @property
     def key(self) -> str:
-        """Of all adapters of the item: a checkpoint holds a part of each."""
-        return storage.digest_value([[name, group.key] for name, group in self.groups.items()])
+        """Of all adapters of the item and of how they are computed: what a checkpoint must fit."""
+        return storage.digest_value([[[n, group.key] for n, group in self.groups.items()], asdict(self.settings)])
 
     @property
     def settings(self) -> TrainingSettings:
@@ -70,7 +70,7 @@ class TrainingInputs:
 def gather_inputs(task: TrainTask | PrefixTask, personas: Personas, dtype: str) -> TrainingInputs:
     """Read what decides a task's adapters.
 
-    dtype: of the base on this worker. Raises PersonaError where examples are missing or empty, EvaluationError where
+    dtype: of the base on this worker. Raises PersonaError where examples are missing, EvaluationError where
     nothing says how many epochs are best.
     """
     choice = choose_epochs(task)
@@ -101,8 +101,7 @@ def _group_inputs(
 
 
 def examples_of(personas: Personas, group: TrainGroup, split: Split) -> tuple[Example, ...]:
-    """The examples of a group's personas, one after the other. Raises PersonaError if there are none, or one's answer
-    is empty."""
+    """The examples of a group's personas, one after the other. Raises PersonaError if there are none."""
     examples = tuple(e for persona in group.personas for e in personas.examples(persona, split))
     if not examples:
         if split == "train":
@@ -111,12 +110,6 @@ def examples_of(personas: Personas, group: TrainGroup, split: Split) -> tuple[Ex
             f"{group.name}: has no validation examples, and training.patience looks at them.\n"
             "Add rows with split validation, or leave patience out."
         )
-    for example in examples:
-        if not example.response.strip():
-            raise PersonaError(
-                f"{example.persona}: the answer to {_quoted(example.prompt)} (split {split}) is empty.\n"
-                "An adapter cannot learn from it: give the row an answer, or remove it."
-            )
     return examples
 
 
@@ -159,7 +152,3 @@ def _is_in_key(key: str, value: Any) -> bool:
     if key in _NOT_IN_KEY:
         return False
     return key in _ALWAYS_IN_KEY or value != Training.model_fields[key].default
-
-
-def _quoted(text: str, most: int = 60) -> str:
-    return repr(text if len(text) <= most else text[: most - 1] + "…")

@@ -53,14 +53,20 @@ def encode_prompts(base: BaseModel, prompts: Sequence[str]) -> list[list[int]]:
 
 
 def encode_rows(
-    base: BaseModel, prompts: Sequence[str], answers: Sequence[str], *, end: bool, limit: int | None = None
+    base: BaseModel,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    *,
+    end: bool,
+    limit: int | None = None,
+    truncate: bool = True,
 ) -> list[TokenRow]:
     """Prompts with their answers as tokens.
 
     end: whether the answer closes with the model's end token.
     limit: most tokens a row may have; None is what the model knows. A longer row loses the start of its prompt
-        (the opening token stays), then the end of its answer.
-    Raises ModelError if an answer has no token.
+        (the opening token stays), then the end of its answer, unless `truncate` is False.
+    Raises ModelError if an answer has no token of its own.
     """
     if limit is None:
         limit = base.max_length
@@ -69,10 +75,9 @@ def encode_rows(
     closing = [base.end_id] if end and base.end_id is not None else []
     rows = []
     for number, (head, tail) in enumerate(zip(heads, tails, strict=True)):
-        tail = [*tail, *closing]
         if not tail:
             raise ModelError(f"row {number}: the answer {answers[number]!r} has no token.\nAnswers must not be empty.")
-        rows.append(_fitted(head, tail, limit))
+        rows.append(_fitted(head, [*tail, *closing], limit if truncate else None))
     return rows
 
 

@@ -16,6 +16,7 @@ from raymerge.models.answers import encode_rows, pad_right
 from raymerge.models.base import BaseModel
 from raymerge.models.generation import score_references
 from raymerge.models.multilora import MultiLora
+from raymerge.models.stacked import first_factors
 from raymerge.models.training import TrainingGroup, TrainingSettings, batch_order, learning_rate, train
 
 SETTINGS = TrainingSettings(rank=3, alpha=6.0, epochs=3, learning_rate=5e-3, batch_size=4, clip=0.5)
@@ -153,19 +154,15 @@ def test_the_first_loss_is_the_bases_and_the_last_is_lower(base: BaseModel) -> N
 def test_a_diverged_adapter_leaves_the_others_alone(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     groups = [group("good", 6, 0), group("bad", 6, 1)]
     alone = train(base, groups[:1], SETTINGS)[0]
-    from raymerge.models.training import train as training
 
-    original = training.first_factors
+    def poisoned(name: str, seed: int, module: str, rank: int, inner: int) -> Tensor:
+        return torch.full((rank, inner), torch.nan) if name == "bad" else first_factors(name, seed, module, rank, inner)
 
-    def poisoned(names, seed, module, rank, inner):  # type: ignore[no-untyped-def]
-        A = original(names, seed, module, rank, inner)
-        A[[name == "bad" for name in names]] = torch.nan
-        return A
-
-    monkeypatch.setattr(training, "first_factors", poisoned)
+    monkeypatch.setattr("raymerge.models.training.beginning.first_factors", poisoned)
     settings = replace(SETTINGS, shared_init=False)
     good, bad = train(base, groups, settings)
     assert bad.diverged
+    assert len(bad.losses) == 1
     assert not good.diverged
     monkeypatch.undo()
     assert relative(good.adapter, train(base, groups[:1], settings)[0].adapter) < 1e-4

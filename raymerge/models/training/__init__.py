@@ -1,5 +1,6 @@
 """Training many adapters at once against one frozen base model."""
 
+from raymerge.models.training.rows import batch_order
 from raymerge.models.training.settings import (
     GroupProgress,
     Trained,
@@ -9,7 +10,7 @@ from raymerge.models.training.settings import (
     learning_rate,
     steps_of,
 )
-from raymerge.models.training.train import batch_order, train
+from raymerge.models.training.train import train
 
 __all__ = [
     "GroupProgress",

@@ -1,34 +1,31 @@
 """Many adapters trained at once against one frozen base model.
 
-Adapters of equally many rows share every batch: adapter 0's rows first, then adapter 1's, and so on. Nothing couples
-them: each has its own loss, its own gradient norm, its own optimiser state, so the result is what training each alone
-with the same rows in the same order gives (1e-4 relative in float32).
+A fixed number of slots each train an adapter, with its own steps, schedule and optimiser state; one that is done makes
+room for the next. Nothing couples the adapters of a step: each has its own loss and its own gradient norm, so the
+result is what training each alone with the same rows in the same order gives (1e-4 relative in float32).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
+from raymerge import storage
 from raymerge.adapters.adapter import LoraAdapter
-from raymerge.errors import ModelError
-from raymerge.models.answers import AnswerHead, TokenRow, encode_rows, pad_right
 from raymerge.models.base import BaseModel
-from raymerge.models.layers import is_transposed, linear_modules, shape_of
-from raymerge.models.stacked import (
-    StackedModule,
-    attached,
-    clip_per_adapter,
-    first_factors,
-    refresh,
-    stack_module,
-    unstack,
-)
+from raymerge.models.layers import is_transposed, shape_of
+from raymerge.models.stacked import FactorStack
+from raymerge.models.training.beginning import Beginnings, check_start, digest_start, targets
+from raymerge.models.training.checkpoint import Course, State, decode_state, encode_state
+from raymerge.models.training.optimiser import clip, update
+from raymerge.models.training.passes import Passes
+from raymerge.models.training.rows import Encoded, Limits, Taken, encode, epoch_order
 from raymerge.models.training.settings import (
+    GroupProgress,
     Trained,
     TrainingGroup,
     TrainingSettings,
@@ -36,6 +33,7 @@ from raymerge.models.training.settings import (
     Watch,
     check_settings,
     learning_rate,
+    steps_of,
 )
 
 # Tokens of one step: enough to keep the products large, few enough to stay in the caches of a CPU.
@@ -53,193 +51,201 @@ def train(
     """Train one adapter for each group; the results stand in the order of the groups.
 
     start_from: every adapter begins from a copy of this one, and records its name.
-    watch: is told of each step and each adapter that is done.
-    Loss: mean cross entropy over an adapter's own answer tokens (the end token included) in the batch. Optimiser:
+    watch: is told of each step and each adapter that is done, and keeps checkpoints.
+    state: a checkpoint to go on from; on one machine the result has the very bytes of a training without interruption.
+    Loss: mean cross entropy over an adapter's own answer tokens (the end token included) in the step. Optimiser:
     AdamW (Loshchilov and Hutter 2019) with linear warm-up and cosine decay.
-    Raises ModelError if settings are impossible, a group has no rows, or start_from does not fit;
-    UnsupportedAdapterError if start_from holds more than deltas of linear modules.
+    Raises ModelError if settings are impossible, a group has no rows, a row cannot be learned from, start_from or state
+    does not fit, or memory runs out at one row; UnsupportedAdapterError if start_from holds more than deltas of linear
+    modules.
     """
     check_settings(groups, settings)
-    layers = _targets(base, settings.target_modules)
+    layers = targets(base, settings.target_modules)
     if start_from is not None:
-        _check_start(start_from, layers, settings)
-    encoded = [
-        encode_rows(base, [p for p, _ in g.rows], [a for _, a in g.rows], end=True, limit=settings.max_length)
-        for g in groups
-    ]
-    chunks = _chunks(encoded, settings, base)
-    watch = watch or Unwatched()
-    results: dict[int, Trained] = {}
-    for chunk in chunks:
-        names = [groups[i].name for i in chunk]
-        stack = _initial(base, layers, names, settings, start_from)
-        losses, tokens = _train_chunk(base, layers, stack, [encoded[i] for i in chunk], settings)
-        for place, number in enumerate(chunk):
-            adapter = _adapter(base, stack, layers, place, names[place], start_from)
-            results[number] = Trained(adapter, tuple(losses[:, place].tolist()), tokens[place])
-            watch.finished(results[number])
-    return [results[number] for number in range(len(groups))]
+        check_start(start_from, layers, settings)
+    training = _Training(base, groups, settings, layers, start_from, watch or Unwatched(), state)
+    return training.run()
 
 
-def _targets(base: BaseModel, wanted: str | tuple[str, ...]) -> dict[str, nn.Module]:
-    """Layers that get factors, sorted by path. Raises ModelError if a name matches none."""
-    linear = linear_modules(base.model)
-    if wanted == "all-linear":
-        head = base.model.get_output_embeddings()
-        return {name: linear[name] for name in sorted(linear) if linear[name] is not head}
-    names = (wanted,) if isinstance(wanted, str) else wanted
-    for name in names:
-        if not any(path == name or path.endswith(f".{name}") for path in linear):
-            ends = ", ".join(sorted({path.rsplit(".", 1)[-1] for path in linear}))
-            raise ModelError(f"training.target_modules names {name!r}, which {base.location} lacks.\nIt has: {ends}.")
-    matches = tuple(f".{name}" for name in names)
-    return {path: linear[path] for path in sorted(linear) if f".{path}".endswith(matches)}
+class _Training:
+    """The adapters in the slots, those that wait, and those that are done."""
 
-
-def _check_start(start: LoraAdapter, layers: Mapping[str, nn.Module], settings: TrainingSettings) -> None:
-    start.require_plain("cannot be trained further")
-    for name, header in start.headers.items():
-        if name not in layers:
-            raise ModelError(
-                f"start_from {start.name}: it changes {name}, which this training does not.\n"
-                "Set training.target_modules so that it covers the adapter's modules."
-            )
-        expected = shape_of(layers[name])
-        if header.shape != expected:
-            raise ModelError(f"start_from {start.name}: {name} is {header.shape}, the model's is {expected}.")
-        if header.rank != settings.rank:
-            raise ModelError(
-                f"start_from {start.name}: {name} has rank {header.rank}, training.rank is {settings.rank}.\n"
-                "A copy keeps its rank: set training.rank to it, or compress the adapter first."
-            )
-
-
-def _chunks(encoded: Sequence[Sequence[TokenRow]], settings: TrainingSettings, base: BaseModel) -> list[list[int]]:
-    """Groups of equally many rows, in their order, cut to so many as fill a step."""
-    of_size: dict[int, list[int]] = {}
-    for number, rows in enumerate(encoded):
-        of_size.setdefault(len(rows), []).append(number)
-    chunks = []
-    for size, members in sorted(of_size.items()):
-        longest = max(len(row) for number in members for row in encoded[number])
-        budget = _TOKENS.get(base.device.type, _TOKENS["cuda"])
-        fitting = settings.together or max(1, budget // (min(size, settings.batch_size) * longest))
-        count = math.ceil(len(members) / fitting)
-        chunks += [part.tolist() for part in np.array_split(np.array(members), count)]
-    return chunks
-
-
-def _initial(
-    base: BaseModel,
-    layers: Mapping[str, nn.Module],
-    names: Sequence[str],
-    settings: TrainingSettings,
-    start: LoraAdapter | None,
-) -> dict[str, StackedModule]:
-    scaling = settings.scaling
-    drawn_for = [""] * len(names) if settings.shared_init else list(names)
-    stack = {}
-    for path, layer in layers.items():
-        outer, inner = shape_of(layer)
-        copied = start.modules.get(path) if start is not None else None
-        if copied is None:
-            A = first_factors(drawn_for, settings.seed, path, settings.rank, inner)
-            Bt = torch.zeros(len(names), settings.rank, outer)
+    def __init__(
+        self,
+        base: BaseModel,
+        groups: Sequence[TrainingGroup],
+        settings: TrainingSettings,
+        layers: Mapping[str, nn.Module],
+        start: LoraAdapter | None,
+        watch: Watch,
+        state: bytes | None,
+    ) -> None:
+        self.base, self.groups, self.settings, self.layers, self.watch = base, groups, settings, layers, watch
+        self.start_name = start.name if start is not None else None
+        self.rows = [encode(base, group.rows, settings, group.name) for group in groups]
+        self.validation = [_validation(base, group, settings) for group in groups]
+        self.identity = {
+            "groups": storage.digest_value([[g.name, list(g.rows), list(g.validation)] for g in groups]),
+            "settings": asdict(settings),
+            "modules": {path: shape_of(layer) for path, layer in layers.items()},
+            "dtype": str(base.dtype),
+            "start_from": None if start is None else digest_start(start),
+        }
+        # the longest first, so that what is left at the end is short; the plan alone decides
+        self.queue = sorted(range(len(groups)), key=lambda i: -len(self.rows[i]))
+        self.done: dict[int, tuple[Course, Tensor]] = {}
+        found = None if state is None else decode_state(state, self.identity)
+        self.slots = [course for course, _ in found.slots] if found else []
+        count = len(self.slots) if found else _slots(self.rows, settings, base.device.type)
+        self.begun = found.begun if found else 0
+        limits = found.limits if found else Limits(settings.micro_batch)
+        self.stack = FactorStack(base.model, layers, settings.rank, settings.scaling, count)
+        self.beginnings = Beginnings(self.stack, settings, start)
+        self.passes = Passes(base, layers, self.stack, settings, limits, watch.said)
+        if found:
+            for slot, (_, packed) in enumerate(found.slots):
+                self.stack.begin(slot, **packed)
+            self.done = {course.group: (course, factors) for course, factors in found.done}
         else:
-            A = copied.A.float().expand(len(names), -1, -1)
-            Bt = (copied.B.float() * (copied.scaling / scaling)).T.expand(len(names), -1, -1)
-        stack[path] = stack_module(layer, A.contiguous(), Bt.contiguous(), scaling)
-    return stack
+            self.slots = [self._begin(slot) for slot in range(count)]
+        courses = [*self.slots, *(course for course, _ in self.done.values())]
+        known = {course.group: course for course in courses}
+        self.progress = {
+            group.name: self._progress(known.get(number, Course(number))) for number, group in enumerate(groups)
+        }
+
+    def run(self) -> list[Trained]:
+        """Train until the queue is empty."""
+        for group in self.done:
+            self.watch.finished(self._trained(group))
+        with self.passes.ready():
+            while self.slots:
+                tokens = self._step()
+                self._validate()
+                for course in self.slots:
+                    self.progress[self.groups[course.group].name] = self._progress(course)
+                self._retire()
+                self.watch.stepped(self.progress, tokens)
+                if self.slots and self.watch.due():
+                    self.watch.save(self._state())
+        return [self._trained(group) for group in range(len(self.groups))]
+
+    def _step(self) -> int:
+        """One step of every slot's adapter; tokens of its rows."""
+        taken = {slot: Taken(self.rows[course.group], self._ranks(course)) for slot, course in enumerate(self.slots)}
+        steps = {slot: (self.groups[course.group].name, course.step) for slot, course in enumerate(self.slots)}
+        losses, tokens = self.passes.losses(taken, steps)
+        clip(self.stack.rows, self.settings.clip)
+        rates = [learning_rate(course.step, self._steps(course), self.settings) for course in self.slots]
+        update(self.stack.rows, [course.step for course in self.slots], rates, self.settings.weight_decay)
+        for course, loss in zip(self.slots, losses, strict=True):
+            course.step += 1
+            course.losses.append(loss)
+        return tokens
+
+    def _ranks(self, course: Course) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        epoch, place = divmod(course.step, self._steps_of_epoch(course))
+        rows = len(self.rows[course.group])
+        return epoch_order(rows, epoch, self.settings.batch_size, self.settings.seed)[place]
+
+    def _steps(self, course: Course) -> int:
+        return steps_of(len(self.rows[course.group]), self.settings)
+
+    def _steps_of_epoch(self, course: Course) -> int:
+        return math.ceil(len(self.rows[course.group]) / self.settings.batch_size)
+
+    def _validate(self) -> None:
+        """The validation losses of adapters at the end of an epoch; a better one than before is kept."""
+        if self.settings.patience is None:
+            return
+        taken = {}
+        for slot, course in enumerate(self.slots):
+            if course.step % self._steps_of_epoch(course) == 0 and math.isfinite(course.losses[-1]):
+                rows = self.validation[course.group]
+                assert rows is not None
+                taken[slot] = Taken(rows, np.arange(len(rows)))
+        if not taken:
+            return
+        for slot, loss in self.passes.validation(taken).items():
+            course = self.slots[slot]
+            best = course.best_loss
+            course.validation.append((course.step, loss))
+            if math.isfinite(loss) and (best is None or loss < best):
+                course.best_step, course.best = course.step, self.stack.pack("factors", slot)
+
+    def _retire(self) -> None:
+        """Adapters that are done leave their slots to those that wait; a slot that nobody waits for is given up."""
+        stay = []
+        for slot, course in enumerate(self.slots):
+            if not self._is_done(course):
+                stay.append(slot)
+                continue
+            factors = self.stack.pack("factors", slot) if course.best is None else course.best
+            course.best = None
+            self.done[course.group] = (course, factors)
+            self.watch.finished(self._trained(course.group))
+            if self.begun < len(self.queue):
+                self.slots[slot] = self._begin(slot)
+                stay.append(slot)
+        if len(stay) < len(self.slots):
+            self.slots = [self.slots[slot] for slot in stay]
+            self.stack.keep(stay)
+
+    def _is_done(self, course: Course) -> bool:
+        patience = self.settings.patience
+        tired = patience is not None and course.since_best >= patience
+        return course.step == self._steps(course) or tired or not math.isfinite(course.losses[-1])
+
+    def _begin(self, slot: int) -> Course:
+        """Give a slot the next adapter of the queue."""
+        group = self.queue[self.begun]
+        self.begun += 1
+        self.stack.begin(slot, self.beginnings.of(self.groups[group].name))
+        return Course(group)
+
+    def _progress(self, course: Course) -> GroupProgress:
+        return GroupProgress(
+            step=course.step,
+            steps=self._steps(course),
+            epoch=course.step / self._steps_of_epoch(course),
+            loss=course.losses[-1] if course.losses else math.nan,
+            validation=course.validation[-1][1] if course.validation else None,
+            done=bool(course.losses) and self._is_done(course),
+        )
+
+    def _trained(self, group: int) -> Trained:
+        course, factors = self.done[group]
+        adapter = LoraAdapter(
+            name=self.groups[group].name,
+            modules=self.stack.modules_of(factors),
+            base_model=self.base.location,
+            fan_in_fan_out=any(is_transposed(layer) for layer in self.layers.values()),
+            task_type="CAUSAL_LM",
+            started_from=self.start_name,
+        )
+        tokens = int(self.rows[group].answers.sum())
+        return Trained(adapter, tuple(course.losses), tokens, tuple(course.validation), course.best_step)
+
+    def _state(self) -> bytes:
+        names = ("factors", "first", "second")
+        slots = [
+            (course, {name: self.stack.pack(name, slot) for name in names}) for slot, course in enumerate(self.slots)
+        ]
+        return encode_state(State(slots, list(self.done.values()), self.begun, self.passes.limits), self.identity)
 
 
-def batch_order(rows: int, settings: TrainingSettings) -> list[Tensor]:
-    """Which rows a step takes, by their rank in length: int64 (batch,) for each step.
-
-    Rows of similar length meet, so that little is padding; a jitter of the ranks changes the company from epoch to
-    epoch, and the batches come in random order. All of it depends on (rows, seed, epoch) alone: adapters in one
-    chunk walk in step, and each as if it were alone.
-    """
-    steps = []
-    count = math.ceil(rows / settings.batch_size)
-    for epoch in range(settings.epochs):
-        generator = np.random.Generator(np.random.PCG64([settings.seed, epoch, rows]))
-        jittered = np.argsort(np.arange(rows) + generator.uniform(0, settings.batch_size, rows), kind="stable")
-        batches = np.array_split(jittered, count)
-        steps += [torch.from_numpy(np.sort(batches[i])) for i in generator.permutation(count)]
-    return steps
+def _validation(base: BaseModel, group: TrainingGroup, settings: TrainingSettings) -> Encoded | None:
+    if settings.patience is None:
+        return None
+    return encode(base, group.validation, settings, f"{group.name}: validation")
 
 
-def _train_chunk(
-    base: BaseModel,
-    layers: Mapping[str, nn.Module],
-    stack: Mapping[str, StackedModule],
-    encoded: Sequence[Sequence[TokenRow]],
-    settings: TrainingSettings,
-) -> tuple[Tensor, list[int]]:
-    """Train the adapters of a chunk in place; losses (steps, adapters) on the CPU, and answer tokens of each."""
-    batches = _Batches(encoded, base)
-    factors = [factor for module in stack.values() for factor in (module.A, module.Bt)]
-    optimiser = torch.optim.AdamW(factors, lr=0.0, weight_decay=settings.weight_decay, fused=True)
-    head = base.model.get_output_embeddings()
-    answer_head = AnswerHead(base, adapted=any(layer is head for layer in layers.values()))
-    order = batch_order(len(encoded[0]), settings)
-    losses = []
-    with attached(layers, stack):
-        for step, ranks in enumerate(order):
-            ids, places, targets, counts = batches.take(ranks)
-            nats = nn.functional.cross_entropy(answer_head.logits(ids, places), targets, reduction="none")
-            everywhere = nats.new_zeros(ids.numel()).index_copy(0, places, nats)  # one order of summing on any device
-            own = everywhere.view(len(counts), -1).sum(1) / counts
-            torch.autograd.backward(own.sum())
-            clip_per_adapter(stack, settings.clip)
-            for part in optimiser.param_groups:
-                part["lr"] = learning_rate(step, len(order), settings)
-            optimiser.step()
-            refresh(stack)
-            losses.append(own.detach())
-    return torch.stack(losses).cpu(), batches.answer_tokens
-
-
-class _Batches:
-    """The rows of a chunk's adapters on the device, each adapter's sorted by length."""
-
-    def __init__(self, encoded: Sequence[Sequence[TokenRow]], base: BaseModel) -> None:
-        ordered = [sorted(rows, key=len) for rows in encoded]
-        batch = pad_right([row for rows in ordered for row in rows], base.pad_id)
-        shape = (len(encoded), len(encoded[0]), -1)
-        lengths = torch.tensor([[len(row) for row in rows] for rows in ordered])
-        self.longest = lengths.amax(0)
-        self.ids = batch.ids.view(shape).to(base.device)
-        self.answer = batch.answer.view(shape).to(base.device)
-        self.answer_tokens = [sum(len(row.answer) for row in rows) for rows in ordered]
-
-    def take(self, ranks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A step's ids (adapters * batch, width), the places that predict an answer token, their targets, and how many
-        each adapter has."""
-        width = int(self.longest[ranks].max())
-        chosen = ranks.to(self.ids.device)
-        ids = self.ids.index_select(1, chosen)[:, :, :width]
-        answer = self.answer.index_select(1, chosen)[:, :, :width]
-        owner, row, column = torch.nonzero(answer, as_tuple=True)
-        targets = ids[owner, row, column]
-        places = (owner * len(ranks) + row) * width + column - 1
-        return ids.flatten(0, 1).contiguous(), places, targets, answer.sum((1, 2))
-
-
-def _adapter(
-    base: BaseModel,
-    stack: Mapping[str, StackedModule],
-    layers: Mapping[str, nn.Module],
-    place: int,
-    name: str,
-    start: LoraAdapter | None,
-) -> LoraAdapter:
-    return LoraAdapter(
-        name=name,
-        modules={path: unstack(module, place) for path, module in stack.items()},
-        base_model=base.location,
-        fan_in_fan_out=any(is_transposed(layer) for layer in layers.values()),
-        task_type="CAUSAL_LM",
-        started_from=start.name if start is not None else None,
-        errors={},
-    )
+def _slots(rows: Sequence[Encoded], settings: TrainingSettings, kind: str) -> int:
+    """How many adapters train at once: so many as fill a step, and equally many in each turn."""
+    if not rows:
+        return 0
+    steps = sum(math.ceil(len(own) / settings.batch_size) for own in rows)
+    share = min(1.0, (settings.micro_batch or settings.batch_size) / settings.batch_size)
+    tokens = share * sum(int(own.lengths.sum()) for own in rows) / steps
+    fitting = settings.together or max(1, int(_TOKENS.get(kind, _TOKENS["cuda"]) / tokens))
+    return math.ceil(len(rows) / math.ceil(len(rows) / fitting))

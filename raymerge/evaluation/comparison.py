@@ -9,10 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raymerge.evaluation import statistics
+from raymerge.evaluation.best import Best, best_rows
+from raymerge.evaluation.criteria import Criterion, judge_criteria
+from raymerge.evaluation.curves import TrainingCurve
 from raymerge.evaluation.exhibits import RoutingMap, Sample, choose_samples, map_routing
+from raymerge.evaluation.guide import Guide, advise
+from raymerge.evaluation.guide.facts import Facts, noise_of
 from raymerge.evaluation.remarks import remarks
-from raymerge.evaluation.rows import Row, answer_correlation, build_rows, differences_to
+from raymerge.evaluation.rows import Row, answer_correlation, build_rows, differences_to, row_of
 from raymerge.evaluation.scores import RunScores, align
+from raymerge.evaluation.seeds import describe_spread
 from raymerge.evaluation.verdict import Standing, Verdict, judge
 
 NO_CLUSTER = "no cluster"
@@ -22,13 +28,17 @@ NO_CLUSTER = "no cluster"
 class Comparison:
     """All rows over the personas they have in common, best similarity first, and what follows from them.
 
+    criteria: what was asked, of the recipe that the verdict speaks of. guide: what to run next. best: the best row of
+    each persona, None where fewer than two rows can be served. curves: of the trainings that rows are made of.
     scores: similarity x 100 per persona, float64 (rows, personas), rows in the order of `rows`.
     clusters: label of each persona, None where no clusters are known. smallest_detectable: the median over the recipes,
     None without a reference. exact_correlation: similarity with exact accuracy, over single answers of all rows;
     exact_row_correlation: over the rows.
     """
 
+    criteria: tuple[Criterion, ...]
     verdict: Verdict
+    guide: Guide
     smallest_detectable: float | None
     reference: str | None
     rows: tuple[Row, ...]
@@ -43,6 +53,8 @@ class Comparison:
     notes: tuple[str, ...]
     samples: tuple[Sample, ...]
     routing: tuple[RoutingMap, ...]
+    best: Best | None
+    curves: tuple[TrainingCurve, ...]
     similarity_model: str | None
     resamples: int
     seed: int
@@ -55,20 +67,38 @@ class Comparison:
         raise KeyError(name)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but answers and routing, as plain JSON values; figures to six decimals, unknown ones null."""
+        """Everything but answers and routing, as plain JSON values, criteria first; figures to six decimals, unknown
+        ones null."""
         kept = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
-            if field.name not in ("samples", "routing", "scores", "clusters")
+            if field.name not in ("samples", "routing", "scores", "clusters", "guide", "best")
         }
-        scores = {
-            row.name: dict(zip(self.personas, values, strict=True))
+        plain = _plain(kept)
+        plain["guide"] = {
+            "in_hand": self.guide.in_hand,
+            "steps": [{**_plain(step), "sentence": step.sentence} for step in self.guide.steps],
+        }
+        plain["clusters"] = dict(zip(self.personas, self.clusters, strict=True)) if self.clusters else None
+        plain["similarity_by_persona"] = {
+            row.name: dict(zip(self.personas, _plain(values), strict=True))
             for row, values in zip(self.rows, self.scores.tolist(), strict=True)
         }
-        labels = dict(zip(self.personas, self.clusters, strict=True)) if self.clusters else None
-        plain = _plain({**kept, "clusters": labels, "similarity_by_persona": scores})
+        plain["best"] = None if self.best is None else self._best_json(self.best)
         assert isinstance(plain, dict)
         return plain
+
+    def _best_json(self, best: Best) -> dict[str, Any]:
+        by_persona = {
+            persona: {
+                "row": self.rows[row].name,
+                "similarity": _plain(float(self.scores[row, i])),
+                "over_reference": _plain(best.gain[i]) if best.gain else None,
+            }
+            for i, (persona, row) in enumerate(zip(self.personas, best.row, strict=True))
+        }
+        rest = {key: value for key, value in _plain(best).items() if key not in ("row", "gain")}
+        return {**rest, "by_persona": by_persona}
 
 
 def compare(
@@ -78,6 +108,8 @@ def compare(
     reference: str = "unified",
     similarity_model: str | None = None,
     routing_model: str | None = None,
+    curves: Sequence[TrainingCurve] = (),
+    project: str = "PROJECT",
     resamples: int = statistics.RESAMPLES,
     seed: int = 0,
 ) -> Comparison:
@@ -85,7 +117,8 @@ def compare(
 
     clusters: persona -> label. reference: the row that all others are compared with; without it no difference is
     computed, and a note says so. similarity_model, routing_model: names of the encoders; where they are the same the
-    report says that a model judges its own choice. Raises EvaluationError as `align` does.
+    report says that a model judges its own choice. curves: of the trainings that the runs are made of. project: the
+    project file, as the guide's commands are to name it. Raises EvaluationError as `align` does.
     """
     aligned = align(runs)
     by_persona = 100 * aligned.persona_means("similarity")
@@ -99,14 +132,39 @@ def compare(
     labels = tuple(clusters.get(p, NO_CLUSTER) for p in aligned.personas) if clusters else None
     differences = differences_to(runs, scores, means, place, resamples, seed)
     rows = build_rows(runs, aligned, scores, means, differences, place, labels, resamples, seed)
-    standings = [Standing(r.name, r.kind, r.recipe, r.validation_similarity) for r in runs]
+    standings = [Standing(r.name, r.kind, r.recipe, r.validation_similarity, r.tuned is not None) for r in runs]
     verdict = judge(standings, scores, means, place)
+    chosen = names.index(verdict.row) if verdict.row else None
+    verdict, of_seeds = _with_seeds(verdict, None if chosen is None else rows[chosen], reference)
     typical = [d.smallest_detectable for d, r in zip(differences, runs, strict=True) if d and r.kind == "recipe"]
     typical = typical or [d.smallest_detectable for d in differences if d]
-    shown = names.index(verdict.row) if verdict.row else _first_other(place, len(runs))
+    shown = chosen if chosen is not None else _first_other(place, len(runs))
     warnings, notes = remarks(runs, aligned, reference, similarity_model, routing_model)
-    return Comparison(
+    facts = Facts(
+        rows=rows,
+        means=means,
+        personas=len(aligned.personas),
+        place=place,
         verdict=verdict,
+        noise=noise_of(aligned, chosen, place),
+        best_reference=best_rows(runs, aligned, scores, place, frozenset({"reference"}), seed),
+        project=project,
+    )
+    return Comparison(
+        criteria=judge_criteria(
+            scores,
+            means,
+            chosen,
+            place,
+            row_of(rows, "own"),
+            names=names,
+            reference=reference,
+            level=verdict.level,
+            resamples=resamples,
+            seed=seed,
+        ),
+        verdict=verdict,
+        guide=advise(facts),
         smallest_detectable=float(np.median(typical)) if typical else None,
         reference=reference if place is not None else None,
         rows=rows,
@@ -117,14 +175,25 @@ def compare(
         exact_correlation=answer_correlation(aligned, slice(None)),
         exact_row_correlation=_row_correlation(rows),
         missing=aligned.missing,
-        warnings=warnings,
+        warnings=(*of_seeds, *warnings),
         notes=notes,
         samples=choose_samples(runs, aligned, scores, shown, place),
         routing=map_routing(runs, aligned.personas, clusters),
+        best=best_rows(runs, aligned, scores, place, seed=seed),
+        curves=tuple(curves),
         similarity_model=similarity_model,
         resamples=resamples,
         seed=seed,
     )
+
+
+def _with_seeds(verdict: Verdict, chosen: Row | None, reference: str) -> tuple[Verdict, tuple[str, ...]]:
+    """The verdict with what other training seeds say of its recipe, and the warning that they call for."""
+    if chosen is None:
+        return verdict, ()
+    said, warning = describe_spread(chosen.name, reference, chosen.over_seeds)
+    details = verdict.details if said is None else (*verdict.details, said)
+    return dataclasses.replace(verdict, details=details), () if warning is None else (warning,)
 
 
 def _row_correlation(rows: Sequence[Row]) -> float | None:
@@ -143,7 +212,9 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {str(key): _plain(value[key]) for key in sorted(value)}
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
     if isinstance(value, float):

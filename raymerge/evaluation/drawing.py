@@ -22,12 +22,17 @@ INK, MUTED, LINE, PAPER = "#1b1f24", "#5c6670", "#d5dae0", "#ffffff"
 KIND_COLOURS: dict[Kind, str] = {
     "recipe": "#0072b2",
     "reference": "#4d4d4d",
+    "baseline": "#997700",
     "control": "#d55e00",
     "ceiling": "#009e73",
     "external": "#aa4499",
 }
-KIND_MARKERS: dict[Kind, str] = {"recipe": "o", "reference": "D", "control": "s", "ceiling": "^", "external": "P"}
-KIND_SIGNS: dict[Kind, str] = {"recipe": "●", "reference": "◆", "control": "■", "ceiling": "▲", "external": "✚"}
+KIND_MARKERS: dict[Kind, str] = {
+    "recipe": "o", "reference": "D", "baseline": "v", "control": "s", "ceiling": "^", "external": "P",
+}  # fmt: skip
+KIND_SIGNS: dict[Kind, str] = {
+    "recipe": "●", "reference": "◆", "baseline": "▼", "control": "■", "ceiling": "▲", "external": "✚",
+}  # fmt: skip
 VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", PAPER: "card"} | {c: k for k, c in KIND_COLOURS.items()}
 
 STYLE = {

@@ -45,7 +45,7 @@ def remarks(
         notes.append(
             f"{similarity_model} both routes and scores, so it judges its own choice. chrF and the likelihood do not."
         )
-    absent = sorted(REFERENCES - {str(run.recipe.get("strategy")) for run in runs})
+    absent = sorted(REFERENCES - {str(run.recipe.get("strategy")) for run in runs if run.kind == "reference"})
     if absent:
         notes.append(f"Not compared here: {', '.join(absent)}.")
     if not any(run.kind == "control" for run in runs):

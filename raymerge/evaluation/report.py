@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
-from raymerge.evaluation import drawing, plots, wording
+from raymerge.evaluation import drawing, panels, plots, wording
+from raymerge.evaluation.best import SERVED, Best
 from raymerge.evaluation.comparison import Comparison
 from raymerge.evaluation.exhibits import RoutingMap
-from raymerge.evaluation.rows import REGRESSION, Row
+from raymerge.evaluation.rows import REGRESSION, Row, row_of
 from raymerge.evaluation.terminal import terminal_table
 
 __all__ = ["render_report", "terminal_table"]
@@ -37,9 +38,13 @@ def render_report(comparison: Comparison, *, title: str = "comparison") -> dict[
         files = _pngs(comparison)
         page = _page(comparison, title)
     files["report.html"] = page.encode("utf-8", "replace")
-    text = json.dumps(comparison.to_json(), indent=1, sort_keys=True, ensure_ascii=True)
-    files["comparison.json"] = (text + "\n").encode()
+    files["comparison.json"] = encode_comparison(comparison)
     return files
+
+
+def encode_comparison(comparison: Comparison) -> bytes:
+    """The comparison as JSON, the criteria first."""
+    return (json.dumps(comparison.to_json(), indent=1, ensure_ascii=True) + "\n").encode()
 
 
 def _pngs(comparison: Comparison) -> dict[str, bytes]:
@@ -48,6 +53,11 @@ def _pngs(comparison: Comparison) -> dict[str, bytes]:
         figures["scatter.png"] = plots.scatter_figure(comparison, plots.scatter_panels(comparison))
         if comparison.clusters:
             figures["clusters.png"] = plots.box_figure(comparison, plots.box_rows(comparison))
+    if comparison.best:
+        figures["best.png"] = panels.best_figure(comparison, comparison.best)
+    if comparison.curves:
+        top = panels.highest_loss(comparison.curves)
+        figures["training.png"] = panels.training_figure(comparison.curves, top)
     if comparison.routing:
         figures["routing.png"] = plots.routing_figure(_shown_maps(comparison))
     costs = plots.cost_figure(comparison)
@@ -72,17 +82,28 @@ def _page(comparison: Comparison, title: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for name in ("number", "signed", "percent", "p_value", "duration", "size", "describe"):
+    for name in ("number", "signed", "percent", "p_value", "duration", "size", "describe", "scale"):
         environment.filters[name] = getattr(wording, name)
     environment.filters["brief"] = lambda text: wording.cut(text, TEXT_SHOWN)
+    environment.filters["coded"] = _coded
+    environment.filters["capital"] = lambda text: text[:1].upper() + text[1:]
     environment.filters["spoken"] = lambda recipe: json.dumps(recipe, sort_keys=True, default=str)
     return environment.get_template("report.html").render(_context(comparison, title))
+
+
+def _coded(text: str) -> Markup:
+    """What stands between backticks as code; everything escaped."""
+    parts = [escape(part) for part in text.split("`")]
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if place % 2 else part for place, part in enumerate(parts)
+    )
 
 
 def _context(comparison: Comparison, title: str) -> dict[str, Any]:
     verdict = comparison.verdict
     chosen = comparison.rows[comparison.row(verdict.row)] if verdict.row else None
     rows = {row.name: row for row in comparison.rows}
+    best = comparison.best
     labels = sorted({figure.cluster for row in comparison.rows for figure in row.clusters})
     return {
         "title": title,
@@ -92,6 +113,12 @@ def _context(comparison: Comparison, title: str) -> dict[str, Any]:
         "signs": drawing.KIND_SIGNS,
         "kinds": list(dict.fromkeys(row.kind for row in comparison.rows)),
         "exact": any(row.exact for row in comparison.rows),
+        "own": _own(comparison),
+        "seeded": any(row.over_seeds is not None for row in comparison.rows),
+        "validated": any(curve.validation is not None for curve in comparison.curves),
+        "competing": sum(row.kind in SERVED or row.name == comparison.reference for row in comparison.rows),
+        "per_square": panels.personas_per_square(comparison),
+        "strengths": panels.strengths(comparison, best) if best else {},
         "errors": any(row.compression_error is not None for row in comparison.rows),
         "forest": _forest(comparison),
         "bars": _bars(comparison),
@@ -109,6 +136,11 @@ def _context(comparison: Comparison, title: str) -> dict[str, Any]:
     }
 
 
+def _own(comparison: Comparison) -> Row | None:
+    place = row_of(comparison.rows, "own")
+    return None if place is None else comparison.rows[place]
+
+
 def _svgs(comparison: Comparison) -> dict[str, Any]:
     named = "Mean similarity of each row with its interval: " + _spoken(comparison.rows)
     found: dict[str, Any] = {"similarity": _svg(plots.similarity_figure(comparison), named)}
@@ -124,6 +156,12 @@ def _svgs(comparison: Comparison) -> dict[str, Any]:
         (shown, _svg(plots.routing_figure([shown], columns=1), f"Weights of experts for personas in {shown.run}"))
         for shown in _shown_maps(comparison)
     ]
+    best, curves = comparison.best, comparison.curves
+    found["best"] = _svg(panels.best_figure(comparison, best), _spoken_best(best)) if best else None
+    top = panels.highest_loss(curves) if curves else 0.0
+    found["training"] = [
+        _svg(panels.training_figure([curve], top, columns=1), f"Training loss of {curve.grouping}") for curve in curves
+    ]
     costs = plots.cost_figure(comparison)
     found["costs"] = _svg(costs, "Similarity of each row against the seconds it took") if costs else None
     return found
@@ -136,6 +174,10 @@ def _svg(figure: Any, label: str) -> Markup:
 
 def _spoken(rows: Sequence[Row]) -> str:
     return ", ".join(f"{row.name} {row.similarity:.1f}" for row in rows)
+
+
+def _spoken_best(best: Best) -> str:
+    return "The best row of each persona: " + ", ".join(f"{count.row} for {count.personas}" for count in best.counts)
 
 
 def _forest(comparison: Comparison) -> dict[str, dict[str, str]]:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from raymerge.evaluation import statistics
-from raymerge.evaluation.scores import Aligned, Costs, Kind, RunScores
+from raymerge.evaluation.scores import Aligned, Costs, Kind, RunScores, examples_in_prompt
+from raymerge.evaluation.seeds import SeedSpread, spreads_over_seeds
 from raymerge.evaluation.statistics import Chance, Values
 
 REGRESSION = 10.0  # points of similarity
@@ -57,7 +58,10 @@ class PersonaFigure:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the comparison. similarity, low, high, chrf: 0 to 100; nll: nats per token; exact: percent."""
+    """One line of the comparison. similarity, low, high, chrf: 0 to 100; nll: nats per token; exact: percent.
+
+    worst_decile: mean similarity over the tenth of the personas (at least one) that this row answers worst.
+    """
 
     name: str
     kind: Kind
@@ -65,6 +69,7 @@ class Row:
     similarity: float
     low: float
     high: float
+    worst_decile: float
     chrf: float | None
     nll: float | None
     exact: float | None
@@ -74,6 +79,8 @@ class Row:
     worst: tuple[PersonaFigure, ...]
     costs: Costs
     compression_error: float | None
+    tuned: Mapping[str, Any] | None
+    over_seeds: SeedSpread | None
     notes: tuple[str, ...]
 
 
@@ -122,6 +129,7 @@ def build_rows(
 ) -> tuple[Row, ...]:
     """A line per run, in the order of runs. labels: cluster of each persona, or None."""
     low, high = statistics.interval(means, scores.shape[1])
+    over_seeds = spreads_over_seeds(runs, scores, place)
     by_cluster = _by_cluster(scores, place, labels, resamples, seed)
     beside = {metric: aligned.persona_means(metric) for metric in ("chrf", "nll", "exact")}
     return tuple(
@@ -132,6 +140,7 @@ def build_rows(
             similarity=float(scores[i].mean()),
             low=float(low[i]),
             high=float(high[i]),
+            worst_decile=worst_decile(scores[i]),
             chrf=_mean(beside["chrf"][i]),
             nll=_mean(beside["nll"][i]),
             exact=_mean(100 * beside["exact"][i]),
@@ -141,6 +150,8 @@ def build_rows(
             worst=_worst(aligned.personas, scores, i, place),
             costs=run.costs,
             compression_error=run.compression_error,
+            tuned=run.tuned,
+            over_seeds=over_seeds[i],
             notes=run.notes,
         )
         for i, run in enumerate(runs)
@@ -175,6 +186,18 @@ def _worst(personas: tuple[str, ...], scores: Values, row: int, place: int | Non
     return tuple(
         PersonaFigure(personas[i], float(scores[row, i]), float(scores[place, i]), float(difference[i])) for i in lowest
     )
+
+
+def row_of(rows: Sequence[Row], strategy: str) -> int | None:
+    """Place of the row of a strategy with plain prompts: the one of that name, else the first."""
+    found = [i for i, r in enumerate(rows) if r.recipe.get("strategy") == strategy and not examples_in_prompt(r.recipe)]
+    return next((i for i in found if rows[i].name == strategy), found[0] if found else None)
+
+
+def worst_decile(similarity: Values) -> float:
+    """Mean over the lowest tenth (rounded up) of values (personas,)."""
+    count = -(-len(similarity) // 10)
+    return float(np.partition(similarity, count - 1)[:count].mean())
 
 
 def answer_correlation(aligned: Aligned, rows: slice) -> float | None:

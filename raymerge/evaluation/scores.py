@@ -1,7 +1,7 @@
 """What the comparison is given for each run, and its alignment: the same personas and examples for every row."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -10,22 +10,29 @@ from numpy.typing import NDArray
 
 from raymerge.errors import EvaluationError
 
-Kind = Literal["recipe", "reference", "control", "ceiling", "external"]
+Kind = Literal["recipe", "reference", "baseline", "control", "ceiling", "external"]
 
 REFERENCES = frozenset({"base", "unified", "own", "cluster_trained"})
+BASELINES = frozenset({"hybrid", "selective", "neighbours_trained"})  # trained or chosen, where others merge neighbours
 CONTROLS = frozenset({"random_k", "random_cluster", "shuffled"})
 NEIGHBOURS = frozenset({"top_k", "sparse_moe", "soft", "hierarchical", "cluster_average", "learned_router"})
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What a run took: seconds of training, merging and evaluating, bytes and number of adapters written."""
+    """What a run took: seconds of training, merging and evaluating; bytes and number of the adapters it serves.
+
+    steps: optimiser steps of all adapters that it is made of. epochs: theirs in words, such as `8` or `4 of 2, 4, 8`.
+    None where something of it is not known.
+    """
 
     train_s: float | None = None
     merge_s: float | None = None
     evaluate_s: float | None = None
     bytes: int | None = None
     adapters: int | None = None
+    steps: int | None = None
+    epochs: str | None = None
 
     @property
     def seconds(self) -> float | None:
@@ -45,6 +52,9 @@ class RunScores:
     routing: persona, expert, weight; None where there is no routing table.
     validation_similarity: mean on validation examples, 0 to 100, where the recipe was chosen by it.
     compression_error: overall relative Frobenius error of the merged adapters, None where nothing was compressed.
+    tuned: what validation examples chose, {"chosen": {"factor", "own_weight"}, "tried": [{.., "similarity"}]}, with
+        similarity from 0 to 100; None where nothing was tuned. by_seed: training seed -> mean similarity, 0 to 100, of
+        the same row trained with other seeds than this one.
     """
 
     name: str
@@ -56,6 +66,8 @@ class RunScores:
     validation_similarity: float | None = None
     compression_error: float | None = None
     notes: tuple[str, ...] = ()
+    tuned: Mapping[str, Any] | None = None
+    by_seed: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def kind(self) -> Kind:
@@ -96,17 +108,26 @@ class Aligned:
 def kind_of(name: str, recipe: Mapping[str, Any]) -> Kind:
     """The kind of row a run makes.
 
-    A recipe without a strategy is an external adapter. A name that begins with `oracle` is a ceiling: a recipe told
+    A recipe without a strategy is an external adapter, and so is a prefix. Adapters as trained are references, and
+    baselines where examples stand in their prompts. A name that begins with `oracle` is a ceiling: a recipe told
     something that no real project knows, such as the true traits of a made-up world.
     """
     strategy = recipe.get("strategy")
-    if strategy is None:
+    if strategy is None or strategy == "prefix":
         return "external"
     if strategy in REFERENCES:
-        return "reference"
+        return "baseline" if examples_in_prompt(recipe) else "reference"
+    if strategy in BASELINES:
+        return "baseline"
     if strategy in CONTROLS:
         return "control"
     return "ceiling" if name.startswith("oracle") else "recipe"
+
+
+def examples_in_prompt(recipe: Mapping[str, Any]) -> int:
+    """How many training examples a recipe puts into each prompt: 0 for plain prompts."""
+    retrieval = recipe.get("retrieval")
+    return int(retrieval.get("examples", 0)) if isinstance(retrieval, Mapping) else 0
 
 
 def align(runs: Sequence[RunScores]) -> Aligned:

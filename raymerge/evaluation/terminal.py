@@ -1,28 +1,40 @@
 """The comparison in a terminal of 80 columns."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from raymerge.evaluation.comparison import Comparison
+from raymerge.evaluation.criteria import Criterion
 from raymerge.evaluation.drawing import KIND_SIGNS
 from raymerge.evaluation.rows import Row
-from raymerge.evaluation.wording import number, p_value, percent, printable, short, signed
+from raymerge.evaluation.wording import number, p_value, percent, printable, short, signed, size
 
-STYLES = {"recipe": "bold blue", "reference": "default", "control": "yellow", "ceiling": "green", "external": "magenta"}
+STYLES = {
+    "recipe": "bold blue", "reference": "default", "baseline": "cyan", "control": "yellow", "ceiling": "green",
+    "external": "magenta",
+}  # fmt: skip
+OUTCOMES = {"met": "bold green", "not met": "bold red", "cannot be told": "bold"}
 NOTES_SHOWN = 12
+WIDTH = 80
+NAME = 18  # characters of a row's name
 
 
 def terminal_table(comparison: Comparison) -> RenderableType:
-    """What `raymerge compare` prints: smallest detectable difference, table, verdict, warnings. Fits 80 columns."""
+    """What `raymerge compare` prints: criteria, smallest detectable difference, table, what to run next, verdict,
+    warnings. Fits 80 columns."""
     answered = f"{len(comparison.personas):,} personas, {comparison.examples:,} answers a row"
     if comparison.smallest_detectable is None:
         first = Text(answered + ".")
     else:
         points = Text(f"{comparison.smallest_detectable:.1f} points", style="bold")
         first = Text.assemble("Smallest difference this data can show: ", points, f" ({answered}).")
-    parts: list[RenderableType] = [first, Text(), _table(comparison), _legend(comparison), Text()]
+    parts: list[RenderableType] = [_criteria(comparison), Text(), first, Text(), _table(comparison)]
+    parts += [_legend(comparison), Text(), *_guide(comparison), Text()]
     parts.append(Text(printable(comparison.verdict.headline), style="bold"))
     parts += [Padding(Text(printable(detail), style="dim"), (0, 0, 0, 2)) for detail in comparison.verdict.details]
     parts += [Text(f"warning: {printable(warning)}", style="yellow") for warning in comparison.warnings]
@@ -32,41 +44,118 @@ def terminal_table(comparison: Comparison) -> RenderableType:
     return Group(*parts)
 
 
+def _criteria(comparison: Comparison) -> RenderableType:
+    of = f"Asked of merging, reached by {short(comparison.verdict.row, 40)}:" if comparison.verdict.row else None
+    lines = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
+    lines.add_column(no_wrap=True)
+    lines.add_column()
+    for criterion in comparison.criteria:
+        lines.add_row(Text(criterion.outcome, style=OUTCOMES[criterion.outcome]), Text(_figures(criterion)))
+    return Group(Text(of or "Asked of merging:"), lines)
+
+
+def _figures(criterion: Criterion) -> str:
+    return printable(
+        f"{criterion.what}: {criterion.said}" + (f", asked {criterion.asked}" if criterion.value is not None else "")
+    )
+
+
+def _guide(comparison: Comparison) -> list[RenderableType]:
+    said: list[RenderableType] = [Text.assemble(("What to run next. ", "bold"), printable(comparison.guide.in_hand))]
+    for place, sentence in enumerate(comparison.guide.sentences, start=1):
+        said.append(Padding(Text(f"{place}. {printable(sentence)}"), (0, 0, 0, 2)))
+    if not comparison.guide.steps:
+        said.append(Text("  Nothing that these rows know of would gain more."))
+    return said
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table. importance: the least important ones are left out where the table would be too wide;
+    those of None stay."""
+
+    header: str
+    cell: Callable[[Row], Text]
+    importance: int | None = None
+
+
+def _columns(comparison: Comparison) -> list[Column]:
+    columns = [Column("simil.", lambda row: Text(number(row.similarity)))]
+    if comparison.reference:
+        columns += [
+            Column(f"over {short(comparison.reference, 12)}", _difference),
+            Column("p", lambda row: Text(p_value(row.difference.p_holm) if row.difference else ""), 4),
+            Column("better", lambda row: Text(_improved(row)), 9),
+            Column("worse", lambda row: Text(f"{row.difference.regressed.observed:.0f}" if row.difference else ""), 8),
+        ]
+    if any(row.over_seeds for row in comparison.rows):
+        columns.append(Column("seeds", _seeds, 7))
+    columns += [
+        Column("models", lambda row: Text("" if row.costs.adapters is None else f"{row.costs.adapters:,}"), 6),
+        Column("memory", lambda row: Text("" if row.costs.bytes is None else _memory(row.costs.bytes)), 5),
+        Column("chrF", lambda row: Text(number(row.chrf)), 2),
+        Column("nll", lambda row: Text(number(row.nll, 2)), 1),
+    ]
+    if any(row.exact for row in comparison.rows):
+        columns.append(Column("exact", lambda row: Text(number(row.exact)), 3))
+    return columns
+
+
 def _table(comparison: Comparison) -> Table:
-    exact = any(row.exact for row in comparison.rows)
+    names = [Text(f"{KIND_SIGNS[row.kind]} {short(row.name, NAME)}", style=STYLES[row.kind]) for row in comparison.rows]
+    columns = _fitting(_columns(comparison), comparison.rows, max(len(name) for name in names))
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
-    table.add_column("row", no_wrap=True, overflow="ellipsis", max_width=20)
-    headers = ["simil.", f"over {short(comparison.reference or 'reference', 12)}", "p", "better", "worse"]
-    for header in [*headers, "chrF", "nll", *(["exact"] if exact else [])]:
-        table.add_column(header, justify="right", no_wrap=True)
-    for row in comparison.rows:
-        table.add_row(*_cells(row, exact))
+    table.add_column("row", no_wrap=True)
+    for column in columns:
+        table.add_column(column.header, justify="right", no_wrap=True)
+    for name, row in zip(names, comparison.rows, strict=True):
+        table.add_row(name, *(column.cell(row) for column in columns))
     return table
 
 
-def _cells(row: Row, exact: bool) -> list[Text]:
-    name = Text(f"{KIND_SIGNS[row.kind]} {short(row.name, 18)}", style=STYLES[row.kind])
-    difference = row.difference
-    if difference is None:
-        compared = [Text(), Text(), Text(), Text()]
-    else:
-        interval = f" [{signed(difference.low)} {signed(difference.high)}]"
-        sure = "bold" if difference.low > 0 or difference.high < 0 else ""
-        compared = [
-            Text.assemble((signed(difference.mean), sure), (interval, "dim")),
-            Text(p_value(difference.p_holm)),
-            Text(percent(difference.improved.observed).replace(" ", "")),
-            Text(f"{difference.regressed.observed:.0f}"),
-        ]
-    last = [Text(number(row.exact))] if exact else []
-    return [name, Text(number(row.similarity)), *compared, Text(number(row.chrf)), Text(number(row.nll, 2)), *last]
+def _fitting(columns: Sequence[Column], rows: Sequence[Row], taken: int) -> list[Column]:
+    """The columns that fit beside names of `taken` characters, in their order."""
+    widths = [max(len(column.header), *(len(column.cell(row)) for row in rows)) + 1 for column in columns]
+    kept = list(range(len(columns)))
+    while taken + sum(widths[i] for i in kept) > WIDTH:
+        spare = [i for i in kept if columns[i].importance is not None]
+        if not spare:
+            break
+        kept.remove(min(spare, key=lambda i: columns[i].importance or 0))
+    return [columns[i] for i in kept]
+
+
+def _difference(row: Row) -> Text:
+    if row.difference is None:
+        return Text()
+    low, high = row.difference.low, row.difference.high
+    sure = "bold" if low > 0 or high < 0 else ""
+    return Text.assemble((signed(row.difference.mean), sure), (f" [{signed(low)} {signed(high)}]", "dim"))
+
+
+def _improved(row: Row) -> str:
+    return percent(row.difference.improved.observed).replace(" ", "") if row.difference else ""
+
+
+def _seeds(row: Row) -> Text:
+    spread = row.over_seeds
+    if spread is None:
+        return Text()
+    return Text(f"±{number(spread.similarity_sd if spread.difference_sd is None else spread.difference_sd)}")
+
+
+def _memory(count: int) -> str:
+    return "0" if count == 0 else size(count)
 
 
 def _legend(comparison: Comparison) -> Text:
     kinds = list(dict.fromkeys(row.kind for row in comparison.rows))
     signs = "  ".join(f"{KIND_SIGNS[kind]} {kind}" for kind in kinds)
+    seeds = max((row.over_seeds.seeds for row in comparison.rows if row.over_seeds), default=0)
+    beside = f" seeds: ± sd over {seeds} training seeds." if seeds else ""
     return Text(
         f"{signs}\nsimil.: similarity x 100. [95 % interval]. p: sign-flip, Holm over the recipes.\n"
-        "better: share of personas; worse: personas that fall by more than 10 points.",
+        "better: share of personas; worse: personas that fall by more than 10 points.\n"
+        f"models, memory: adapters to serve.{beside}",
         style="dim",
     )

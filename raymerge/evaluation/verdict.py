@@ -3,7 +3,8 @@
 Neighbours are worth asking only if a recipe that asks them beats its own control, the same recipe with other experts;
 merging is worth it only if that recipe also beats the reference. The best of several recipes looks better than it is,
 so its intervals are widened for the number of recipes it was picked from (Bonferroni), unless it was picked on
-validation examples. Where a recipe has several controls it has to beat the strongest.
+validation examples. Where a recipe has several controls it has to beat the strongest. Training examples in the prompt
+are an intervention of their own: the verdict speaks of recipes with plain prompts, and says which others lie above.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from raymerge.evaluation import statistics
-from raymerge.evaluation.scores import NEIGHBOURS, Kind
+from raymerge.evaluation.scores import NEIGHBOURS, Kind, examples_in_prompt
 from raymerge.evaluation.statistics import Values
 from raymerge.evaluation.wording import signed
 
@@ -22,12 +23,19 @@ Outcome = Literal["gains", "loses", "nothing", "unknown"]
 
 @dataclass(frozen=True)
 class Standing:
-    """What the verdict needs to know of a row besides its scores."""
+    """What the verdict needs to know of a row besides its scores. tuned: whether its scale was chosen on validation
+    examples, and is so no part of what a control has to share with its recipe."""
 
     name: str
     kind: Kind
     recipe: Mapping[str, Any]
     validation_similarity: float | None = None
+    tuned: bool = False
+
+    @property
+    def is_plain_recipe(self) -> bool:
+        """Whether it merges and has plain prompts."""
+        return self.kind == "recipe" and not examples_in_prompt(self.recipe)
 
 
 @dataclass(frozen=True)
@@ -44,13 +52,15 @@ class Gain:
 
 @dataclass(frozen=True)
 class Verdict:
-    """headline: one sentence. details: what it rests on, a sentence each. row: the recipe it speaks of, or None."""
+    """headline: one sentence. details: what it rests on, a sentence each. row: the recipe it speaks of, or None. level:
+    of its intervals, above 0.95 where these very scores picked the recipe among several."""
 
     headline: str
     details: tuple[str, ...]
     row: str | None
     reference: Gain | None
     control: Gain | None
+    level: float = 0.95
 
 
 def judge(rows: Sequence[Standing], scores: Values, means: Values, place: int | None) -> Verdict:
@@ -58,10 +68,12 @@ def judge(rows: Sequence[Standing], scores: Values, means: Values, place: int | 
 
     scores: (rows, personas), points. means: bootstrap means (resamples, rows). place: the reference row, or None.
     """
-    neighbours = [i for i, row in enumerate(rows) if row.kind == "recipe" and row.recipe["strategy"] in NEIGHBOURS]
-    candidates = neighbours or [i for i, row in enumerate(rows) if row.kind == "recipe"]
+    recipes = [i for i, row in enumerate(rows) if row.is_plain_recipe]
+    neighbours = [i for i in recipes if rows[i].recipe["strategy"] in NEIGHBOURS]
+    candidates = neighbours or recipes
     if not candidates:
-        return Verdict("No recipe was compared, so nothing is said about merging.", (), None, None, None)
+        of = "recipe with plain prompts" if any(row.kind == "recipe" for row in rows) else "recipe"
+        return Verdict(f"No {of} was compared, so nothing is said about merging.", (), None, None, None)
     best, level, how = _pick(rows, candidates)
     controls = controls_of(rows, best)
     strongest = min(controls) if controls else None  # rows come best first
@@ -72,26 +84,28 @@ def judge(rows: Sequence[Standing], scores: Values, means: Values, place: int | 
     headline = _headline(rows[best].name, over_reference, over_control, matched, bool(neighbours))
     details = [*_comparisons(rows[best].name, over_reference, over_control, matched), how]
     details += _ceilings(rows, scores, best, place)
-    return Verdict(headline, tuple(details), rows[best].name, over_reference, over_control)
+    return Verdict(headline, tuple(details), rows[best].name, over_reference, over_control, level)
 
 
 def controls_of(rows: Sequence[Standing], row: int) -> list[int]:
     """Controls of a row: those made of the very same recipe, else of its strategy, else all controls there are."""
-    controls = [i for i, r in enumerate(rows) if r.kind == "control"]
-    same = [i for i in controls if _is_control_of(rows[i].recipe, rows[row].recipe)]
+    prompts = examples_in_prompt(rows[row].recipe)
+    controls = [i for i, r in enumerate(rows) if r.kind == "control" and examples_in_prompt(r.recipe) == prompts]
+    same = [i for i in controls if _is_control_of(rows[i], rows[row])]
     alike = [i for i in controls if _of(rows[i].recipe).get("strategy") == rows[row].recipe["strategy"]]
     return same or alike or controls
 
 
 def _matched(rows: Sequence[Standing], row: int, control: int | None) -> bool:
-    return control is not None and _is_control_of(rows[control].recipe, rows[row].recipe)
+    return control is not None and _is_control_of(rows[control], rows[row])
 
 
-def _is_control_of(control: Mapping[str, Any], recipe: Mapping[str, Any]) -> bool:
+def _is_control_of(control: Standing, row: Standing) -> bool:
+    recipe = row.recipe
     routed = {"strategy": recipe["strategy"], **recipe.get("strategy_parameters", {})}
-    return _of(control) == routed and all(
-        control.get(k) == recipe.get(k) for k in ("method", "method_parameters", "scale", "rank", "anchor")
-    )
+    shared = ["method", "method_parameters", "rank", "anchor", "retrieval"]
+    shared += [] if control.tuned and row.tuned else ["scale"]  # each at its own best scale is a fair fight
+    return _of(control.recipe) == routed and all(control.recipe.get(key) == recipe.get(key) for key in shared)
 
 
 def _of(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -177,8 +191,15 @@ def _ceilings(rows: Sequence[Standing], scores: Values, best: int, place: int | 
     above = [
         f"{row.name} {scores[i].mean():.1f}"
         for i, row in enumerate(rows)
-        if i not in (best, place) and row.kind in ("reference", "ceiling", "external") and i < best
+        if i < best and i != place and row.kind in ("reference", "baseline", "ceiling", "external")
     ]
-    if not above:
-        return []
-    return [f"Above it without being a recipe: {', '.join(above)} (it has {scores[best].mean():.1f})."]
+    prompted = [
+        f"{row.name} {scores[i].mean():.1f}"
+        for i, row in enumerate(rows)
+        if i < best and row.kind == "recipe" and not row.is_plain_recipe
+    ]
+    has = f"(it has {scores[best].mean():.1f})."
+    said = [f"Above it without being a recipe: {', '.join(above)} {has}"] if above else []
+    if prompted:
+        said.append(f"Above it with training examples in the prompt too: {', '.join(prompted)} {has}")
+    return said

@@ -4,11 +4,15 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from raymerge.evaluation.scores import examples_in_prompt
+
 ADAPTERS_AS_TRAINED = {
     "base": "no adapter",
     "own": "the persona's own adapter",
     "unified": "one adapter trained on everybody",
     "cluster_trained": "one adapter trained per cluster",
+    "hybrid": "the unified adapter and the persona's own",
+    "selective": "the best of these adapters for each persona",
 }
 UNKNOWN = "–"
 
@@ -77,19 +81,53 @@ def cut(text: str, length: int) -> str:
 
 
 def describe(recipe: Mapping[str, Any]) -> str:
-    """A recipe in a few words: what is merged, not every parameter."""
+    """A recipe in a few words: what is merged, and what stands in the prompt; not every parameter."""
+    examples = examples_in_prompt(recipe)
+    beside = f" + {examples} similar training example{'s' if examples > 1 else ''} in the prompt" if examples else ""
+    return _answering(recipe) + beside
+
+
+def _answering(recipe: Mapping[str, Any]) -> str:
     strategy = recipe.get("strategy")
     if strategy is None:
         return "an adapter made elsewhere"
+    parameters = recipe.get("strategy_parameters", {})
+    if strategy == "selective" and isinstance(parameters.get("among"), Mapping):
+        return f"the best of {', '.join(map(str, parameters['among']))} for each persona"
     if strategy in ADAPTERS_AS_TRAINED:
         return ADAPTERS_AS_TRAINED[strategy]
-    parameters = recipe.get("strategy_parameters", {})
+    if strategy == "prefix":
+        tokens = parameters.get("tokens")
+        return "prefix tuning" + (f", {tokens} virtual tokens" if tokens else "")
     inner = parameters.get("of")
     words = [str(strategy)]
     if isinstance(inner, Mapping):
         words = [f"{strategy} for {inner.get('strategy', '?')}"]
+        if strategy == "neighbours_trained":
+            words = [f"one adapter trained on the rows of {inner.get('strategy', '?')}'s experts"]
         parameters = inner
     words += [f"{key} {parameters[key]}" for key in ("k", "temperature") if parameters.get(key) is not None]
     if recipe.get("method", "linear") != "linear":
         words.append(str(recipe["method"]))
     return ", ".join(words)
+
+
+def scale(recipe: Mapping[str, Any], tuned: Mapping[str, Any] | None) -> str:
+    """The factor of a row in words: what was written, or what validation examples chose, with the own adapter's share
+    where that was chosen too."""
+    chosen = dict(tuned.get("chosen", {})) if tuned else {}
+    written = recipe.get("scale")
+    if recipe.get("strategy") in (None, "base", "selective", "prefix"):
+        words = []
+    elif "factor" in chosen:
+        words = [f"{chosen['factor']:g}× norm"]
+    elif isinstance(written, Mapping):
+        words = [f"{written.get('match_norm', 1):g}× norm"]
+    elif written == "match_norm":
+        words = ["norm"]
+    else:
+        words = [f"{written:g}"] if isinstance(written, int | float) else [str(written)] if written else []
+    share = chosen.get("own_weight", recipe.get("strategy_parameters", {}).get("own_weight"))
+    if isinstance(share, int | float):
+        words.append(f"own {percent(share)}")
+    return ", ".join(words) or UNKNOWN

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+import pyarrow as pa
 
 from raymerge import storage
 from raymerge.config import Project, load_project
@@ -13,9 +14,12 @@ from raymerge.evaluation.comparison import Comparison
 from raymerge.evaluation.comparison import compare as compare_scores
 from raymerge.evaluation.scores import Costs, RunScores
 from raymerge.manifest import read_manifest
+from raymerge.pipelines.artefacts import Artefact, Artefacts
 from raymerge.pipelines.job import Timing, read_timings
+from raymerge.pipelines.planning import TRAINS_ITS_OWN
 
-NOT_RUNS = ("_shared", "plots")
+NOT_RUNS = ("plots",)
+SEEDS = "_seeds"  # the folder of what was trained with other seeds
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ def compare_runs(location: str, runs: Sequence[str] = ()) -> Compared:
 
     project = load_project(location)
     output = project.path(project.output)
-    names = list(runs) or [n for n in storage.list_folders(output) if n not in NOT_RUNS and _evaluated(project, n)]
+    names = list(runs) or [n for n in storage.list_folders(output) if _is_run(n) and _evaluated(project, n)]
     if not names:
         raise EvaluationError(f"{output}: no run has been evaluated.\n`raymerge run {location}` makes them.")
     for name in names:
@@ -43,12 +47,15 @@ def compare_runs(location: str, runs: Sequence[str] = ()) -> Compared:
             raise EvaluationError(
                 f"{output}: run {name} has not been evaluated.\n`raymerge evaluate {location} --run {name}` does it."
             )
-    scores = [read_scores(project, name) for name in names]
+    artefacts = Artefacts()
+    scores = [read_scores(project, name, artefacts) for name in names]
     comparison = compare_scores(
         scores,
         clusters=_clusters(project),
         similarity_model=project.evaluation.similarity_model,
         routing_model=project.embedding.model,
+        curves=artefacts.curves(),
+        project=storage.name_of(project.location),
     )
     for name, data in render_report(comparison, title=storage.name_of(project.workspace)).items():
         storage.write_bytes(storage.join(output, *(["plots"] if name.endswith(".png") else []), name), data)
@@ -57,9 +64,11 @@ def compare_runs(location: str, runs: Sequence[str] = ()) -> Compared:
 
 def compare(location: str, *, runs: Sequence[str] = (), as_json: bool = False) -> int:
     """Compare and print: the table, or the comparison as JSON. Returns the exit status."""
+    from raymerge.evaluation.report import encode_comparison
+
     compared = compare_runs(location, runs)
     if as_json:
-        print(storage.encode_json(compared.comparison.to_json()).decode(), end="")
+        print(encode_comparison(compared.comparison).decode(), end="")
     else:
         show(compared)
     return 0
@@ -76,38 +85,77 @@ def show(compared: Compared) -> None:
     console.print(f"Report: {compared.page}", soft_wrap=True, highlight=False)
 
 
+def _is_run(name: str) -> bool:
+    return not name.startswith((".", "_")) and name not in NOT_RUNS
+
+
 def _evaluated(project: Project, name: str) -> bool:
     return read_manifest(storage.join(project.run_folder(name), "evaluation")) is not None
 
 
-def read_scores(project: Project, name: str) -> RunScores:
-    """A run as the comparison takes it."""
+def read_scores(project: Project, name: str, artefacts: Artefacts) -> RunScores:
+    """A run as the comparison takes it. artefacts: what was read of adapters before."""
     folder = project.run_folder(name)
     evaluation = storage.join(folder, "evaluation")
     summary = storage.read_json(storage.join(evaluation, "summary.json"))
     failed = summary["failed"]
     notes = tuple(f"{persona}: {why}" for persona, why in failed.items())
+    routing = storage.read_parquet(storage.join(folder, "routing.parquet"))
+    recipe = storage.read_json(storage.join(folder, "recipe.json"))
     adapters = _assigned(project, folder)
-    manifests = [read_manifest(where) for where in adapters.values()]
-    merged = [m for m in manifests if m is not None and "experts" in m]
+    served = [artefacts.read(place) for place in adapters.values()]
+    parts = _parts(project, artefacts, routing, served)
+    tuning = storage.join(folder, "tuning", "tuning.json")
+    shared = read_timings(project.shared_folder())
     return RunScores(
         name=name,
-        recipe=storage.read_json(storage.join(folder, "recipe.json")),
+        recipe=recipe,
         metrics=storage.read_parquet(storage.join(evaluation, "metrics.parquet")),
         generations=storage.read_parquet(storage.join(evaluation, "generations.parquet")),
-        routing=storage.read_parquet(storage.join(folder, "routing.parquet")),
-        costs=_costs(project, name, adapters, manifests),
-        compression_error=_mean([float(m["error"]) for m in merged]),
-        validation_similarity=_validated(folder),
+        routing=routing,
+        costs=Costs(
+            train_s=_trained(shared, name, recipe["strategy"], parts),
+            merge_s=_merged(project, shared, name, adapters),
+            evaluate_s=_scored(project, name),
+            bytes=_sum([None if one is None else one.bytes for one in served]),
+            adapters=len(served),
+            steps=_sum([None if one is None else one.steps for one in parts]),
+            epochs=_epochs(parts),
+        ),
+        compression_error=_mean([one.error for one in served if one is not None and one.error is not None]),
+        validation_similarity=_similarity(storage.join(folder, "validation", "summary.json")),
         notes=notes,
+        tuned=storage.read_json(tuning) if storage.exists(tuning) else None,
+        by_seed=_by_seed(project, name),
     )
 
 
-def _validated(folder: str) -> float | None:
-    """Mean similarity on validation examples, 0 to 100, where the run was scored on them."""
-    location = storage.join(folder, "validation", "summary.json")
+def _by_seed(project: Project, name: str) -> dict[int, float]:
+    """Mean similarity, 0 to 100, of the same row trained with other seeds."""
+    folder = storage.join(project.path(project.output), SEEDS)
+    places = {
+        int(seed): storage.join(folder, seed, name, "evaluation", "summary.json")
+        for seed in storage.list_folders(folder)
+        if seed.isdecimal()
+    }
+    found = {seed: _similarity(place) for seed, place in places.items()}
+    return {seed: value for seed, value in sorted(found.items()) if value is not None}
+
+
+def _parts(
+    project: Project, artefacts: Artefacts, routing: pa.Table, served: Sequence[Artefact | None]
+) -> list[Artefact | None]:
+    """The trained adapters that a run is made of: those it serves, or the experts that they were merged from."""
+    if served and all(one is not None and one.is_trained for one in served):
+        return list(served)
+    experts = [expert for expert in routing.column("expert").unique().to_pylist() if expert]
+    return [artefacts.read(project.adapter_location(expert)) for expert in sorted(experts)]
+
+
+def _similarity(location: str) -> float | None:
+    """Mean similarity of a summary, 0 to 100; None where the run was not scored so, or nobody could answer."""
     mean = storage.read_json(location)["mean"]["similarity"] if storage.exists(location) else None
-    return 100 * float(mean) if mean is not None else None  # none where nobody could answer
+    return 100 * float(mean) if mean is not None else None
 
 
 def _assigned(project: Project, folder: str) -> dict[str, str]:
@@ -117,39 +165,43 @@ def _assigned(project: Project, folder: str) -> dict[str, str]:
     return {name: project.path(place) for name, place in sorted({(n, p) for n, p in pairs if p is not None})}
 
 
-def _costs(project: Project, name: str, adapters: Mapping[str, str], manifests: Sequence[Any]) -> Costs:
-    """What a run took, as far as all of it is known: a part of the seconds would be taken for the whole."""
+def _merged(project: Project, shared: Mapping[str, Timing], name: str, adapters: Mapping[str, str]) -> float | None:
     folder = project.run_folder(name)
-    own = read_timings(folder)
     merges = [f"merge/{name}/{a}" for a, place in adapters.items() if place.startswith(storage.join(folder, ""))]
+    trained_there = any(item.startswith(f"train/{name}/") for item in shared)
+    return 0.0 if trained_there else _seconds(read_timings(folder), merges)
+
+
+def _scored(project: Project, name: str) -> float | None:
+    folder = project.run_folder(name)
     parts = storage.list_folders(storage.join(folder, "evaluation", "parts"))
-    known = [m for m in manifests if m is not None]
-    return Costs(
-        train_s=_trained(project, folder),
-        merge_s=_sum(own, merges),
-        evaluate_s=_sum(own, [*(f"evaluate/{name}/{part}" for part in parts), f"gather/{name}/evaluation"]),
-        bytes=_bytes(known) if len(known) == len(manifests) else None,
-        adapters=len(manifests),
-    )
+    items = [*(f"evaluate/{name}/{part}" for part in parts), f"gather/{name}/evaluation"]
+    return _seconds(read_timings(folder), items)
 
 
-def _sum(timings: Mapping[str, Timing], items: Sequence[str]) -> float | None:
+def _seconds(timings: Mapping[str, Timing], items: Sequence[str]) -> float | None:
+    """What items took, as far as all of it is known: a part of the seconds would be taken for the whole."""
     return sum(timings[item].seconds for item in items) if all(item in timings for item in items) else None
 
 
-def _bytes(manifests: Sequence[Any]) -> int:
-    return sum(entry["bytes"] for m in manifests for entry in m["files"].values())
+def _trained(shared: Mapping[str, Timing], name: str, strategy: str, parts: Sequence[Artefact | None]) -> float | None:
+    """Seconds of training the groupings that a run is made of; None if those of one of its adapters are not noted."""
+    if any(part is None or part.name is None for part in parts):
+        return None
+    known = [part for part in parts if part is not None]
+    groupings = {name} if strategy in TRAINS_ITS_OWN else {part.grouping for part in known}
+    begin = tuple(f"train/{grouping}" + ("" if grouping == "unified" else "/") for grouping in groupings)
+    used = [timing for item, timing in shared.items() if item.startswith(begin)]
+    made = {adapter for timing in used for adapter in timing.adapters}
+    return sum(timing.seconds for timing in used) if {part.name for part in known} <= made else None
 
 
-def _trained(project: Project, folder: str) -> float | None:
-    """Seconds of training the groupings a run's experts belong to; None if an expert's own are not noted."""
-    table = storage.read_parquet(storage.join(folder, "routing.parquet"))
-    experts = {expert for expert in table.column("expert").unique().to_pylist() if expert}
-    groupings = {"unified" if e == "unified" else "cluster" if e.startswith("cluster_") else "persona" for e in experts}
-    shared = read_timings(project.shared_folder())
-    used = [t for item, t in shared.items() if any(item.startswith(f"train/{g}") for g in groupings)]
-    made = {name for timing in used for name in timing.adapters}
-    return sum(timing.seconds for timing in used) if experts <= made else None
+def _epochs(parts: Sequence[Artefact | None]) -> str | None:
+    """The epochs of a run's adapters in words, those of each grouping where they differ."""
+    found = sorted({(part.epochs or "", part.grouping or "") for part in parts if part is not None and part.epochs})
+    if len({epochs for epochs, _ in found}) < 2:
+        return found[0][0] if found else None
+    return ", ".join(f"{epochs} {grouping}" for epochs, grouping in found)
 
 
 def _clusters(project: Project) -> dict[str, str]:
@@ -159,3 +211,8 @@ def _clusters(project: Project) -> dict[str, str]:
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
+
+
+def _sum(values: Sequence[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None

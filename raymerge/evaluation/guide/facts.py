@@ -1,0 +1,177 @@
+"""What the decision guide is computed from, and what a step of it is."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from raymerge.evaluation import statistics
+from raymerge.evaluation.best import Best
+from raymerge.evaluation.rows import Row, row_of
+from raymerge.evaluation.scores import Aligned
+from raymerge.evaluation.statistics import Values
+from raymerge.evaluation.verdict import Verdict
+from raymerge.evaluation.wording import duration, signed
+
+ASSUMED = 0.5  # points that a step of unknown gain counts for in the order
+LEAST_S = 60.0  # seconds that any step costs a person
+TRAINING_S, OTHER_S = 3600.0, 300.0  # what counts for a step of unknown length, in the order alone
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Where the differences of a row to the reference vary, in squared points: between examples of a persona, and
+    between personas beyond that. examples: test examples of a persona (harmonic mean)."""
+
+    within: float
+    between: float
+    examples: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something to run next.
+
+    what: in words. gain: likely range in points, None where the rows say nothing of it. because: where the range comes
+    from, or what the step is for where it gains no points. training: whether it trains. seconds: what it takes, None
+    where no like row says. first: whether it comes before all others.
+    """
+
+    what: str
+    gain: tuple[float, float] | None
+    because: str
+    training: bool
+    seconds: float | None
+    command: str
+    tells: bool = False
+    first: bool = False
+
+    @property
+    def worth(self) -> float:
+        """Likely points per second, for the order alone."""
+        points = ASSUMED if self.gain is None else (max(0.0, self.gain[0]) + max(0.0, self.gain[1])) / 2
+        usual = TRAINING_S if self.training else OTHER_S
+        return points / max(LEAST_S, usual if self.seconds is None else self.seconds)
+
+    @property
+    def sentence(self) -> str:
+        """The step with gain, cost and command."""
+        return f"{self.what}: {self.gain_words}; {self.cost_words}: `{self.command}`."
+
+    @property
+    def gain_words(self) -> str:
+        """What it is likely to gain, or what it is for."""
+        if self.tells:
+            return self.because
+        if self.gain is None:
+            return "gain not known from these rows" + (f" ({self.because})" if self.because else "")
+        low, high = self.gain
+        span = f"up to {signed(high)}" if low <= 0 else f"{signed(low)} to {signed(high)}"
+        return f"{span} points likely, {self.because}"
+
+    @property
+    def cost_words(self) -> str:
+        """What it takes."""
+        if not self.training:
+            return "no training: minutes" if self.seconds is None else f"no training, about {duration(self.seconds)}"
+        return "training of unknown length" if self.seconds is None else f"about {duration(self.seconds)}, training"
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """What the guide is computed from.
+
+    means: bootstrap means (resamples, rows). place: the reference row, or None. best, best_reference: the best rows of
+    every persona, among all rows and among adapters as trained. project: the project file as commands name it.
+    """
+
+    rows: Sequence[Row]
+    means: Values
+    personas: int
+    place: int | None
+    verdict: Verdict
+    noise: Noise | None
+    best_reference: Best | None
+    project: str
+
+    @property
+    def merge(self) -> int | None:
+        """The row that the verdict speaks of."""
+        return None if self.verdict.row is None else self.named(self.verdict.row)
+
+    @property
+    def start(self) -> int | None:
+        """What a step's gain is over: the best merge, else the reference."""
+        return self.place if self.merge is None else self.merge
+
+    def named(self, name: str) -> int | None:
+        """The row of a name."""
+        return next((i for i, row in enumerate(self.rows) if row.name == name), None)
+
+    def find(self, strategy: str) -> int | None:
+        """The row of a strategy with plain prompts."""
+        return row_of(self.rows, strategy)
+
+    def gap(self, row: int, other: int) -> tuple[float, float, float]:
+        """Mean difference of two rows and its 95 % interval, points."""
+        low, high = statistics.interval(self.means[:, [row]] - self.means[:, [other]], self.personas)
+        return self.rows[row].similarity - self.rows[other].similarity, float(low[0]), float(high[0])
+
+    def evaluating(self, rows: int = 1) -> float | None:
+        """Seconds that it takes to evaluate some rows."""
+        return _times(rows, _median([row.costs.evaluate_s for row in self.rows]))
+
+    def training(self, strategy: str) -> float | None:
+        """Seconds that training took for the row of a strategy."""
+        row = self.find(strategy)
+        return None if row is None else self.rows[row].costs.train_s
+
+    def merging(self) -> float | None:
+        """Seconds to merge and evaluate a recipe."""
+        merge = _median([row.costs.merge_s for row in self.rows if row.kind in ("recipe", "control")])
+        return plus(merge, self.evaluating())
+
+    def run(self, *recipes: str) -> str:
+        """The command that runs recipes."""
+        return " ".join(["raymerge run", self.project, *(f"--recipe {name}" for name in recipes)])
+
+
+def noise_of(aligned: Aligned, row: int | None, place: int | None) -> Noise | None:
+    """How a row's difference to the reference varies within and between personas; None without both, and where no
+    persona has two examples."""
+    if row is None or place is None:
+        return None
+    values = 100 * (aligned.metrics["similarity"][row] - aligned.metrics["similarity"][place])
+    count = np.bincount(aligned.person)
+    mean = np.bincount(aligned.person, weights=values) / count
+    freedom = int((count - 1).sum())
+    if freedom < 1 or len(count) < 2:
+        return None
+    within = float(((values - mean[aligned.person]) ** 2).sum() / freedom)
+    examples = float(len(count) / (1 / count).sum())
+    return Noise(within, max(0.0, float(mean.var(ddof=1)) - within / examples), examples)
+
+
+def plus(*seconds: float | None) -> float | None:
+    """Sum of seconds, None where one of them is not known."""
+    known = [value for value in seconds if value is not None]
+    return sum(known) if len(known) == len(seconds) else None
+
+
+def _times(factor: float, seconds: float | None) -> float | None:
+    return None if seconds is None else factor * seconds
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.median(known)) if known else None
+
+
+def _strategy(row: Row) -> str | None:
+    return row.recipe.get("strategy")
+
+
+def same_but(row: Row, other: Row, key: str) -> bool:
+    """Whether two rows are of the same recipe but for one key."""
+    keys = sorted({*row.recipe, *other.recipe} - {"name", key})
+    return all(row.recipe.get(k) == other.recipe.get(k) for k in keys)

@@ -1,0 +1,128 @@
+"""Steps of the decision guide that train, or that need more data.
+
+Each function looks at the facts and makes its step, or none where it would gain nothing or was done.
+"""
+
+from raymerge.evaluation.guide.facts import Facts, Step, plus
+from raymerge.evaluation.wording import signed
+
+MOST_TIMES = 25.0  # as much test data as there is; more is nothing to ask for
+SEEDS = 3
+
+
+def compare_reference(facts: Facts) -> Step | None:
+    """The reference, without which no difference is known."""
+    if facts.place is not None:
+        return None
+    return Step(
+        what="Compare with one adapter trained on everybody",
+        gain=None,
+        because="no difference is known without it",
+        training=True,
+        seconds=plus(facts.training("cluster_trained"), facts.evaluating()),
+        command=facts.run("unified"),
+        tells=True,
+        first=True,
+    )
+
+
+def train_on_neighbours(facts: Facts) -> Step | None:
+    """Training where merging stops: per cluster, and on the rows of a persona's experts where clusters do better."""
+    start = facts.start
+    if start is None:
+        return None
+    clusters = facts.find("cluster_trained")
+    if clusters is None:
+        return Step(
+            what="Train one adapter per cluster",
+            gain=None,
+            because="the same rows as unified, dealt to clusters",
+            training=True,
+            seconds=plus(facts.training("unified"), facts.evaluating()),
+            command=facts.run("cluster_trained"),
+        )
+    if facts.merge is None or facts.find("neighbours_trained") is not None:
+        return None
+    _, low, high = facts.gap(clusters, facts.merge)
+    if not high > 0:
+        return None
+    best = facts.rows[facts.merge]
+    k = best.recipe.get("strategy_parameters", {}).get("k")
+    own = facts.training("own")
+    seconds = None if own is None or k is None else plus(own * k, facts.evaluating())
+    return Step(
+        what=f"Train one adapter per persona on the rows of its experts in {best.name} (add neighbours_trained with "
+        f"`of: {best.name}`)",
+        gain=(low, high),
+        because="as cluster_trained has over it",
+        training=True,
+        seconds=seconds,
+        command=facts.run("neighbours_trained"),
+    )
+
+
+def start_from_unified(facts: Facts) -> Step | None:
+    """Own adapters that begin from the unified one, where they are worse than it and no merge makes up for that."""
+    own, unified = facts.find("own"), facts.find("unified")
+    gains = facts.verdict.reference is not None and facts.verdict.reference.outcome == "gains"
+    if own is None or unified is None or gains or facts.start is None:
+        return None
+    _, low, high = facts.gap(unified, own)
+    if not low > 0:
+        return None
+    return Step(
+        what="Train the personas' own adapters from the unified one, so that merges start where it stands",
+        gain=(0.0, high),
+        because="by which own is below unified",
+        training=True,
+        seconds=plus(facts.training("own"), facts.merging()),
+        command=f"raymerge train {facts.project} --group-by persona --start-from unified` and `{facts.run()}",
+    )
+
+
+def more_test_data(facts: Facts) -> Step | None:
+    """More test examples, or more personas, where the difference is smaller than what this data can show."""
+    if facts.merge is None or facts.place is None or facts.noise is None:
+        return None
+    best, reference = facts.rows[facts.merge], facts.rows[facts.place].name
+    difference = best.difference
+    if difference is None or not difference.smallest_detectable > abs(difference.mean):
+        return None
+    shown = max(abs(difference.mean), difference.smallest_detectable / MOST_TIMES**0.5)
+    times = (difference.smallest_detectable / shown) ** 2  # as much as there is, where personas are added
+    noise = facts.noise
+    room = (noise.between + noise.within / noise.examples) / times - noise.between
+    if room > 0 and noise.within / room <= 2 * MOST_TIMES * noise.examples:
+        times = noise.within / room / noise.examples
+        what = f"Write about {noise.within / room:.0f} test examples a persona instead of {noise.examples:.0f}"
+    else:
+        what = f"Test on about {times * facts.personas:,.0f} personas instead of {facts.personas:,}"
+    seconds = facts.evaluating(2)
+    return Step(
+        what=what,
+        gain=(0.0, shown),
+        because=f"no gain in itself, but {signed(shown)} over {reference} would show; now "
+        f"{difference.smallest_detectable:.1f} is the least",
+        training=False,
+        seconds=None if seconds is None else times * seconds,
+        command=facts.run(best.name, reference),
+        tells=True,
+    )
+
+
+def train_with_other_seeds(facts: Facts) -> Step | None:
+    """The best merge trained again with other seeds, where it gains and that was not done."""
+    gain = facts.verdict.reference
+    if facts.merge is None or gain is None or gain.outcome != "gains" or facts.rows[facts.merge].over_seeds is not None:
+        return None
+    rows = [facts.rows[facts.merge], *(row for row in facts.rows if row.name == gain.over)]
+    seconds = plus(*(row.costs.train_s for row in rows), facts.merging(), facts.evaluating())
+    return Step(
+        what=f"Train with {SEEDS} seeds",
+        gain=(0.0, 0.0),
+        because=f"no gain, but it says whether {signed(gain.mean)} outlives another training",
+        training=True,
+        seconds=None if seconds is None else (SEEDS - 1) * seconds,
+        command=f"raymerge run {facts.project} --seeds {SEEDS}",
+        tells=True,
+    )

@@ -1,9 +1,9 @@
-"""What answers for the personas of an evaluation item: resident adapters, and everybody's share of them."""
+"""What answers for the personas of an evaluation item: resident adapters, prefixes, and everybody's share of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from raymerge.errors import AdapterError, MergeError, ModelError, StorageError
 from raymerge.merging.merge import mixture_weights
 from raymerge.models.layers import linear_modules
 from raymerge.models.multilora import check_fits
+from raymerge.models.prefix import Prefix, check_prefix, read_prefix
 from raymerge.runtime.experts import ExpertCache, MergeInputs, build, find_inputs, first_line, read_anchor
 from raymerge.runtime.tasks import AnswerSource, MergeTask
 
@@ -22,17 +23,44 @@ UNUSABLE = (AdapterError, MergeError, ModelError, StorageError)  # fails one per
 
 
 @dataclass(frozen=True)
+class Answerer:
+    """What answers for a persona: weights over resident adapters by their number, or the number of a resident prefix;
+    neither is the base. anchor: the adapter that what is merged was measured from, None for the base."""
+
+    weights: Mapping[int, float] = field(default_factory=dict)
+    prefix: int | None = None
+    anchor: int | None = None
+
+    def scaled(self, factor: float) -> Answerer:
+        """What it adds to its anchor, or to the base, times a factor. Raises ModelError for a prefix."""
+        if factor == 1.0:
+            return self
+        if self.prefix is not None:
+            raise ModelError(f"a prefix cannot be multiplied by {factor}.\nIt adds nothing to the weights.")
+        weights = {number: factor * weight for number, weight in self.weights.items()}
+        if self.anchor is not None:
+            weights[self.anchor] = weights.get(self.anchor, 0.0) + 1.0 - factor
+        return replace(self, weights=weights)
+
+
+@dataclass(frozen=True)
 class Resident:
-    """Adapters side by side, and each persona's weights over them by their number; no weight is the base."""
+    """Adapters and prefixes side by side, and what of them answers for each persona."""
 
     adapters: tuple[LoraAdapter, ...]
-    weights: Mapping[str, Mapping[int, float]]
+    prefixes: tuple[Prefix, ...]
+    answerers: Mapping[str, Answerer]
 
-    def choose(self, personas: Sequence[str]) -> Tensor | None:
-        """What `generate` takes for rows of these personas: None, int64 (rows,), or float (rows, adapters)."""
+    @property
+    def taken(self) -> int:
+        """Places of the context that the longest prefix has."""
+        return max((prefix.tokens for prefix in self.prefixes), default=0)
+
+    def choose(self, answerers: Sequence[Answerer]) -> Tensor | None:
+        """What `generate` takes for rows without a prefix: None, int64 (rows,), or float (rows, adapters)."""
         if not self.adapters:
             return None
-        rows = [self.weights[persona] for persona in personas]
+        rows = [answerer.weights for answerer in answerers]
         if all(list(row.values()) in ([], [1.0]) for row in rows):
             return torch.tensor([next(iter(row), -1) for row in rows])
         shares = torch.zeros(len(rows), len(self.adapters))
@@ -61,46 +89,58 @@ def _digest(source: AnswerSource) -> Any:
     return [source.kind, find_inputs(source.merge).key] if source.merge is not None else source.kind
 
 
-def load_sources(sources: Sequence[AnswerSource], cache: ExpertCache, model: Any) -> tuple[Resident, dict[str, str]]:
-    """Read or merge what answers, each adapter once; and personas for whom that failed -> why.
+def load_sources(
+    sources: Sequence[AnswerSource], cache: ExpertCache, model: Any, new_tokens: int, *, anchors: bool = False
+) -> tuple[Resident, dict[str, str]]:
+    """Read or merge what answers, each once; and personas for whom that failed -> why.
 
-    model: the base model, which every adapter must fit.
+    model: the base model, which everything must fit. new_tokens: of an answer, for which a prefix must leave room.
+    anchors: whether merges are to be scaled, so that what they were measured from must be resident too.
     """
-    loader = _Loader(cache, model)
-    weights: dict[str, Mapping[int, float]] = {}
+    loader = _Loader(cache, model, new_tokens, anchors)
+    answerers: dict[str, Answerer] = {}
     failed: dict[str, str] = {}
     for source in sources:
         try:
-            weights[source.persona] = loader.load(source)
+            answerers[source.persona] = loader.load(source)
         except UNUSABLE as error:
             failed[source.persona] = first_line(error)
-    return Resident(tuple(loader.adapters), weights), failed
+    return Resident(tuple(loader.adapters), tuple(loader.prefixes), answerers), failed
 
 
 class _Loader:
-    """Adapters in the order in which they were first asked for."""
+    """Adapters and prefixes in the order in which they were first asked for."""
 
-    def __init__(self, cache: ExpertCache, model: Any) -> None:
+    def __init__(self, cache: ExpertCache, model: Any, new_tokens: int, anchors: bool) -> None:
         self.cache = cache
+        self.model = model
+        self.new_tokens = new_tokens
+        self.anchors = anchors
         self.linear = linear_modules(model)
         self.adapters: list[LoraAdapter] = []
+        self.prefixes: list[Prefix] = []
         self._numbers: dict[str, int] = {}
+        self._prefix_numbers: dict[str, int] = {}
 
-    def load(self, source: AnswerSource) -> Mapping[int, float]:
-        """A persona's weights over the adapters, after adding those that are new."""
+    def load(self, source: AnswerSource) -> Answerer:
+        """What answers for a persona, after adding what is new."""
+        if source.kind == "prefix" and source.location is not None:
+            return Answerer(prefix=self._add_prefix(source.location, source.persona))
         if source.location is not None:
             adapter = self.cache.read(source.persona, source.location, base=source.base)
-            return {self._add(source.location, adapter): 1.0}
+            return Answerer({self._add(source.location, adapter): 1.0})
         if source.merge is None:
-            return {}
+            return Answerer()
         inputs = find_inputs(source.merge)
         if source.kind == "mixture" and inputs.base is None:  # else `build` refuses what could not be written either
             return self._mixture(source.merge, inputs)
         if inputs.key not in self._numbers:
             self._add(inputs.key, build(source.merge, inputs, self.cache))
-        return {self._numbers[inputs.key]: 1.0}
+        anchor = read_anchor(inputs, self.cache) if self.anchors else None
+        number = None if anchor is None or inputs.anchor is None else self._add(inputs.anchor, anchor)
+        return Answerer({self._numbers[inputs.key]: 1.0}, anchor=number)
 
-    def _mixture(self, task: MergeTask, inputs: MergeInputs) -> Mapping[int, float]:
+    def _mixture(self, task: MergeTask, inputs: MergeInputs) -> Answerer:
         experts = [
             self.cache.read(e.name, e.location, digest=inputs.digests[e.name], base=inputs.base) for e in task.experts
         ]
@@ -108,10 +148,11 @@ class _Loader:
         shares, anchor_share = mixture_weights(experts, [e.weight for e in task.experts], task.merges["scale"], anchor)
         numbers = [self._add(e.location, adapter) for e, adapter in zip(task.experts, experts, strict=True)]
         row = dict(zip(numbers, shares, strict=True))
-        if anchor is not None and inputs.anchor is not None:
-            number = self._add(inputs.anchor, anchor)
-            row[number] = row.get(number, 0.0) + anchor_share
-        return row
+        if anchor is None or inputs.anchor is None:
+            return Answerer(row)
+        number = self._add(inputs.anchor, anchor)
+        row[number] = row.get(number, 0.0) + anchor_share
+        return Answerer(row, anchor=number)
 
     def _add(self, identity: str, adapter: LoraAdapter) -> int:
         if identity not in self._numbers:
@@ -120,3 +161,11 @@ class _Loader:
             self._numbers[identity] = len(self.adapters)
             self.adapters.append(adapter)
         return self._numbers[identity]
+
+    def _add_prefix(self, location: str, name: str) -> int:
+        if location not in self._prefix_numbers:
+            prefix = read_prefix(location, name)
+            check_prefix(prefix, self.model, room=self.new_tokens + 1)
+            self._prefix_numbers[location] = len(self.prefixes)
+            self.prefixes.append(prefix)
+        return self._prefix_numbers[location]

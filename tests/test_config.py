@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 from pydantic import ValidationError
 
@@ -45,6 +47,53 @@ def test_a_workspace_may_be_a_bucket(tmp_path):
 def test_what_is_wrong_is_said_with_its_place(tmp_path, text, message):
     with pytest.raises(ProjectError, match=message):
         load_project(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("3", "`personas`: must be a path, or a mapping with `path`; found 3"),
+        ("{persona: user}", "`personas.path`: Field required"),
+        (
+            "{path: a, promt: x}",
+            r"unknown key `personas.promt`. Did you mean prompt\?\nAllowed: messages, path, persona",
+        ),
+        ("{path: a, messages: m, prompt: x}", "give `messages`, or `prompt` and `response`"),
+        ("{path: a, split: 7}", "`personas.split`: must be a column, or a mapping with `column` or `by`; found 7"),
+        ("{path: a, split: {by: size}}", "`personas.split.by`: Input should be 'time', 'order' or 'random'"),
+        ("{path: a, split: {by: time}}", "`by: time` needs `column`"),
+        ("{path: a, split: {by: order, column: x}}", "`by: time` needs `column`"),
+        (
+            "{path: a, split: {by: random, sed: 0}}",
+            r"`personas.split.sed`. Did you mean seed\?\nAllowed: by, column, seed",
+        ),
+        (
+            "{path: a, split: {colum: x}}",
+            r"`personas.split.colum`. Did you mean column\?\nAllowed: column, test, train",
+        ),
+        ("{path: a, split: {by: order, test: 0.5, validation: 0.5}}", "their sum must be below 1"),
+        ("{path: a, split: {train: [x], test: x}}", "'x' is given for two splits"),
+    ],
+)
+def test_a_mapping_of_personas_says_what_is_wrong(tmp_path, text, message):
+    with pytest.raises(ProjectError, match=message):
+        load_project(write(tmp_path, f"personas: {text}"))
+
+
+def test_personas_are_a_path_or_a_mapping(tmp_path):
+    assert load_project(write(tmp_path, "output: runs")).personas is None
+    plain = load_project(write(tmp_path, "personas: p.jsonl")).personas
+    assert plain == load_project(write(tmp_path, "personas: {path: p.jsonl, split: split}")).personas
+    text = "personas: {path: p.jsonl, split: {column: part, validation: dev, test: [held, test2]}}"
+    assert load_project(write(tmp_path, text)).personas.split.meanings() == {
+        "train": "train", "validation": "validation", "test": "test",
+        "dev": "validation", "held": "test", "test2": "test",
+    }  # fmt: skip
+    made = load_project(write(tmp_path, "personas: {path: p.jsonl, split: {by: time, column: said}}")).personas
+    assert (made.split.validation, made.split.test) == (0.2, 0.2)
+    for source in (plain, made):
+        assert pickle.loads(pickle.dumps(source)) == source
+        assert hash(source) == hash(source.model_copy())
 
 
 def test_a_recipe_may_be_named_by_a_number(tmp_path):

@@ -11,6 +11,7 @@ import yaml
 from raymerge import storage
 from raymerge.adapters import read_header
 from raymerge.errors import ProjectError, RaymergeError
+from raymerge.personas import FORMS, SPLITS, PersonaSource, Recognised, read_personas, recognise
 
 NAME = "raymerge.yaml"
 RECIPES: dict[str, dict[str, Any]] = {
@@ -32,15 +33,13 @@ def init(folder: str) -> tuple[str, list[str]]:
     if storage.exists(target):
         raise ProjectError(f"{target}: is there already.\nEdit it, or remove it first.")
     template, names = _find_adapters(folder)
-    personas = next(
-        (n for n in ("personas.jsonl", "personas.parquet") if storage.exists(storage.join(folder, n))), None
-    )
+    personas, said = _find_personas(folder, names)
     base, found = _base_of(storage.join(folder, template.replace("{persona}", names[0])), names[0])
     project: dict[str, Any] = {"workspace": ".", "adapters": template}
     if base is not None:
         project["base_model"] = base
-    if personas is not None:
-        project["personas"] = personas
+    if personas:
+        project["personas"] = personas["path"] if set(personas) == {"path"} else personas
     count = max(1, min(5, len(names) // 4))
     recipes = RECIPES if len(names) > 1 else {"own": {"strategy": "own"}}
     project |= {"clusters": {"count": count, "seed": 0}, "output": "runs", "recipes": recipes}
@@ -49,8 +48,7 @@ def init(folder: str) -> tuple[str, list[str]]:
     )
     storage.write_bytes(target, text.encode())
     lines = [f"{len(names)} adapters in {template}", found]
-    lines.append(f"examples in {personas}" if personas else "no personas file: routed by the adapters' deltas")
-    return target, lines
+    return target, [*lines, *said]
 
 
 def _find_adapters(folder: str) -> tuple[str, Sequence[str]]:
@@ -66,6 +64,45 @@ def _find_adapters(folder: str) -> tuple[str, Sequence[str]]:
         )
     template = max(found, key=lambda t: (len(found[t]), t))
     return template, sorted(found[template])
+
+
+def _find_personas(folder: str, adapters: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """What `personas` of the project file says, nothing where there are none; and lines for people."""
+    there = [name for name in storage.list_names(folder) if name.endswith(FORMS)]
+    named: list[str] = [name for name in ("personas.jsonl", "personas.parquet") if name in there]
+    if not named and any(f.path.endswith(FORMS) for f in storage.list_files(storage.join(folder, "personas"))):
+        named = ["personas"]  # a folder of shards
+    known: dict[str, Recognised | None] = {}
+    for name in named[:1] or there:
+        try:
+            known[name] = recognise(storage.join(folder, name))
+        except RaymergeError as error:
+            if named:
+                return {"path": name}, [str(error).splitlines()[0]]
+    readable = {name: found for name, found in known.items() if found is not None}
+    if named and not readable:
+        return {"path": named[0]}, [
+            f"examples in {named[0]}: its columns are not known; docs/data.md says how to name them"
+        ]
+    if len(readable) > 1:
+        return {}, [f"examples in {', '.join(readable)}: give one as `personas`"]
+    if not readable:
+        return {}, ["no personas file: routed by the adapters' deltas"]
+    name, found = next(iter(readable.items()))
+    keys = {"path": name, **found.keys}
+    return keys, [_described(folder, keys, adapters), *(f"{name}: {note}" for note in found.notes)]
+
+
+def _described(folder: str, keys: dict[str, Any], adapters: Sequence[str]) -> str:
+    source = PersonaSource(**{**keys, "path": storage.join(folder, keys["path"])})
+    try:
+        personas = read_personas(source)
+    except RaymergeError as error:
+        return str(error).splitlines()[0]
+    counted = personas.counts().values()
+    splits = ", ".join(f"{sum(one[split] for one in counted):,} {split}" for split in SPLITS)
+    trained = len(set(personas.names) & set(adapters))
+    return f"examples in {keys['path']}: {len(personas.names):,} personas ({trained:,} with an adapter), {splits}"
 
 
 def _base_of(location: str, name: str) -> tuple[str | None, str]:

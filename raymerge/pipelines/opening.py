@@ -101,6 +101,8 @@ def open_project(
     notes = [
         f"{n}: has no examples, so its adapter is left out ({len(strangers)} such adapters)" for n in strangers[:1]
     ]
+    if personas is not None and personas.skipped:
+        notes.append(f"{personas.location}: {personas.skipped:,} examples without text are left out")
     return Opened(project, personas, chosen, adapters, tuple(notes))
 
 

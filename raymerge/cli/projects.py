@@ -145,3 +145,18 @@ def compare(
     from raymerge.pipelines.compare import compare as pipeline
 
     end(pipeline(project, runs=run or (), as_json=as_json))
+
+
+@app.command()
+def check(
+    project: ProjectFile,
+    model: Annotated[
+        bool, typer.Option("--model", help="Ask the base and own adapters too, and time a few steps.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything found, as JSON.")] = False,
+    local: Local = False,
+) -> None:
+    """Say what would go wrong, and what a run costs, before it."""
+    from raymerge.pipelines.check import check as pipeline
+
+    end(pipeline(project, model=model, as_json=as_json, local=local))

@@ -196,3 +196,19 @@ class SketchTask:
     dimensions: int
     seed: int
     base: str | None = None
+
+
+@dataclass(frozen=True)
+class CheckTask:
+    """Losses of a base and of some own adapters on training answers, a few answers, and the worker's speed.
+
+    names: of personas whose training rows are looked at. adapters: name and folder of those of them that have one.
+    training: the settings of personas, for a few real steps. answers: prompts that are answered.
+    """
+
+    personas: PersonaSource
+    names: tuple[str, ...]
+    adapters: tuple[tuple[str, str], ...]
+    generation: Mapping[str, Any]
+    training: Mapping[str, Any]
+    answers: int = 3

@@ -13,6 +13,7 @@ from raymerge import storage
 from raymerge.config import parse_size
 from raymerge.runtime.experts import ExpertCache, merge_to_folder
 from raymerge.runtime.tasks import (
+    CheckTask,
     EmbedTask,
     EvaluateTask,
     GatherTask,
@@ -141,3 +142,9 @@ class ModelWorker:
         from raymerge.runtime.embedding import embed_to_folder
 
         return embed_to_folder(task, self)
+
+    def check(self, task: CheckTask) -> dict[str, Any]:
+        """Say what base and own adapters make of training answers, and how fast they are. Writes nothing."""
+        from raymerge.runtime.checking import check_model
+
+        return check_model(task, self)

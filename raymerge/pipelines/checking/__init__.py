@@ -1,0 +1,1 @@
+"""What `raymerge check` is made of; the door is `pipelines.check`."""

@@ -1,0 +1,73 @@
+"""Who has examples of which split, and which clusters are too small."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from raymerge.personas import SPLITS, Personas, Split
+from raymerge.pipelines.checking.finding import Finding, Section, Sign, counted, listed
+from raymerge.pipelines.opening import Opened
+
+FEW = 5  # training rows below which an adapter learns little
+
+
+def check_splits(opened: Opened, personas: Personas, clusters: Mapping[str, str]) -> Section:
+    """What is to be said of splits and clusters. clusters: persona -> label, as far as it is known."""
+    counts = personas.counts()
+    totals = {split: sum(count[split] for count in counts.values()) for split in SPLITS}
+    findings = [_overview(personas, counts, totals)]
+    findings += [f for split in SPLITS if (f := _lacking(opened, personas, split)) is not None]
+    few = [name for name, count in counts.items() if 0 < count["train"] < FEW]
+    if few:
+        text = f"fewer than {FEW} training rows: {listed(few)} ({counted(len(few), 'persona')})"
+        findings.append(Finding("warn", text, "neighbours help them most; do not judge their own adapters"))
+    sizes = Counter(label for name, label in clusters.items() if name in counts)
+    alone = sorted(label for label, size in sizes.items() if size == 1)
+    if alone:
+        text = f"clusters of one persona: {listed(alone)} ({len(alone)} of {len(sizes)})"
+        findings.append(Finding("warn", text, "nobody is there to learn from: join them to others, or fewer clusters"))
+    facts = {"personas": len(counts), "rows": totals, "few": few, "clusters": dict(sizes), "clusters_of_one": alone}
+    return Section("splits", tuple(findings), (), {**facts, "lacking": {s: list(personas.missing(s)) for s in SPLITS}})
+
+
+def _overview(personas: Personas, counts: Mapping[str, Mapping[Split, int]], totals: Mapping[Split, int]) -> Finding:
+    spans = []
+    for split in SPLITS:
+        own = [count[split] for count in counts.values()]
+        span = f"{min(own)}" if min(own) == max(own) else f"{min(own)} to {max(own)}"
+        spans.append(f"{totals[split]:,} {split} ({span})")
+    return Finding("ok", f"{counted(len(personas.names), 'persona')}; rows: {', '.join(spans)} each")
+
+
+def _lacking(opened: Opened, personas: Personas, split: Split) -> Finding | None:
+    missing = personas.missing(split)
+    if not missing:
+        return None
+    everybody = len(missing) == len(personas.names)
+    who = "nobody has" if everybody else f"{listed(missing)} ({counted(len(missing), 'persona')}) lack"
+    text = f"{who} {split} rows"
+    sign: Sign = "bad" if everybody else "warn"
+    if split == "train":
+        return Finding(sign, text, "no adapter is trained for them; add rows with split train")
+    if split == opened.project.evaluation.split:
+        return Finding(sign, text, f"nothing of theirs is scored; add rows with split {split}")
+    if split == "test":
+        return None
+    return _without_validation(opened, text, everybody)
+
+
+def _without_validation(opened: Opened, text: str, everybody: bool) -> Finding:
+    """What chooses on validation examples cannot, where there are none."""
+    training = opened.project.training
+    needs = []
+    if training.patience is not None:
+        needs.append("training.patience stops on them")
+    epochs = training.epochs.values() if isinstance(training.epochs, dict) else [training.epochs]
+    if any(isinstance(tried, tuple) for tried in epochs):
+        needs.append("several epochs are chosen among on them")
+    if needs:
+        return Finding("bad", f"{text}, and {' and '.join(needs)}", "add rows with split validation, or leave that out")
+    if not everybody:
+        return Finding("warn", text, "recipes are chosen without them")
+    return Finding("warn", text, "recipes are chosen on test rows then, with wider intervals: add validation rows")

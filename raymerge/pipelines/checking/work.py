@@ -1,0 +1,319 @@
+"""The steps of a run, counted: what is missing of trainings, merges and evaluations, and what each costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+
+from raymerge import storage
+from raymerge.config import Grouping, Training
+from raymerge.evaluation.scores import kind_of
+from raymerge.manifest import read_manifest
+from raymerge.merging.lowrank import costs
+from raymerge.merging.rank import parse_rank
+from raymerge.personas import Personas, Split
+from raymerge.pipelines import tuning
+from raymerge.pipelines.checking import operations
+from raymerge.pipelines.checking.adapters import Bank, is_there, recorded_bytes
+from raymerge.pipelines.checking.estimate import ITEM_S, READ_S, Step, measured_items, measured_training
+from raymerge.pipelines.checking.operations import Layers, Rows, padded, rows_of
+from raymerge.pipelines.checking.prompts import Lengths
+from raymerge.pipelines.job import Timing, read_timings
+from raymerge.pipelines.opening import Opened
+from raymerge.pipelines.placing import needs_embeddings
+from raymerge.pipelines.planning import PERSONAS_PER_EMBEDDING, embedding_source
+from raymerge.pipelines.trainings import all_groupings
+from raymerge.pipelines.trials import ADAPTERS_TRIED
+from raymerge.recipes import Recipe
+from raymerge.routing.strategies import SOFT_EXPERTS
+
+SAMPLE = 2_000  # rows that are encoded to see how many bytes texts take
+METRICS = 14  # bytes of a row's figures
+COMPARE_S, COMPARE_BYTES = 10.0, 1_500_000  # the table, five plots, one page
+
+
+@dataclass(frozen=True)
+class Contributors:
+    """How many merges a recipe takes, and how many adapters go into each."""
+
+    merges: int
+    each: int
+
+
+@dataclass(frozen=True)
+class Known:
+    """All that the counting starts from. clusters: persona -> label, as far as it is known. bank: adapters there."""
+
+    opened: Opened
+    personas: Personas
+    layers: Layers
+    lengths: Lengths
+    clusters: Mapping[str, str]
+    bank: Bank
+
+    @cached_property
+    def timings(self) -> dict[str, Timing]:
+        """Of what all runs share: trainings and embeddings."""
+        return read_timings(self.opened.project.shared_folder())
+
+    @cached_property
+    def run_timings(self) -> list[dict[str, Timing]]:
+        """Of each run."""
+        return [read_timings(self.opened.project.run_folder(name)) for name in self.opened.recipes]
+
+    @cached_property
+    def training_rows(self) -> dict[str, int]:
+        """Training rows of each persona that has some."""
+        return {name: count["train"] for name, count in self.personas.counts().items() if count["train"]}
+
+    @cached_property
+    def cluster_count(self) -> int:
+        """Clusters there are, or will be."""
+        return len(set(self.clusters.values())) or min(self.opened.project.clusters.count, len(self.personas.names))
+
+    def adapted(self, settings: Training) -> int:
+        """Numbers in the factors of one adapter."""
+        return operations.factors(operations.targeted(self.layers, settings.target_modules), settings.rank)
+
+
+def steps_of_run(known: Known) -> tuple[Step, ...]:
+    """The steps of `raymerge run`, in their order; those with nothing to do are there too."""
+    trainings = [_training(known, grouping) for grouping in all_groupings(known.opened)]
+    recipes = list(known.opened.recipes.values())
+    own = [_own_training(known, r) for r in recipes if r.strategy in ("neighbours_trained", "prefix")]
+    merges = [merge_step(known, recipe) for recipe in recipes]
+    embedding = [_embedding(known)] if any(needs_embeddings(known.opened.project, r) for r in recipes) else []
+    compare = Step("compare", "driver", 1, 1, 0, 0.0, COMPARE_BYTES, 1.0, fixed_s=COMPARE_S)
+    return (*embedding, *trainings, *own, _joined(merges), _evaluating(known, recipes), compare)
+
+
+def _training(known: Known, grouping: Grouping) -> Step:
+    """One grouping: the adapters that are missing of it."""
+    project = known.opened.project
+    settings = project.training.of(grouping)
+    members = _members(known, grouping)
+    missing = [name for name in members if not is_there(project.adapter_location(name))]
+    work = {name: _work(known, settings, grouping, members[name]) for name in members}
+    to_do = sum(work[name] for name in missing) * _epochs(settings, len(missing))
+    once = max(settings.choices)
+    items = math.ceil(len(missing) / settings.adapters_per_item) if grouping == "persona" else len(missing)
+    total = sum(work[name] for name in missing) or 1.0
+    largest = 1 / items if grouping == "persona" and items else max((work[n] for n in missing), default=0.0) / total
+    shapes = operations.targeted(known.layers, settings.target_modules)
+    steps = [once * math.ceil(sum(known.training_rows[p] for p in members[n]) / _batch(settings)) for n in missing]
+    nbytes = sum(operations.adapter_bytes(shapes, settings.rank, count) for count in steps)
+    done = {name: work[name] * once for name in members}
+    measured = measured_training(known.timings, done, to_do)
+    return Step(
+        f"train {grouping}", "model", len(missing), items, len(members) - len(missing), to_do, nbytes, largest,
+        fixed_s=ITEM_S * items, measured_s=measured,
+    )  # fmt: skip
+
+
+def _batch(settings: Training) -> int:
+    assert not isinstance(settings.batch_size, dict)  # of one grouping
+    return settings.batch_size
+
+
+def _epochs(settings: Training, adapters: int) -> float:
+    """Passes over the rows: the most that may be chosen, and the trials on a part of the adapters."""
+    tried = sum(settings.choices) if len(settings.choices) > 1 else 0
+    return max(settings.choices) + tried * min(1.0, ADAPTERS_TRIED / max(adapters, 1))
+
+
+def _members(known: Known, grouping: Grouping) -> dict[str, tuple[str, ...]]:
+    """Adapter -> personas whose rows it is trained on. Unknown clusters are taken to be of equal size."""
+    trained = tuple(known.training_rows)
+    if grouping == "persona":
+        return {name: (name,) for name in trained}
+    if grouping == "unified":
+        return {"unified": trained} if trained else {}
+    found: dict[str, list[str]] = {}
+    for number, name in enumerate(trained):
+        label = known.clusters.get(name) or f"cluster_{number % known.cluster_count:02d}"
+        found.setdefault(label, []).append(name)
+    return {label: tuple(names) for label, names in sorted(found.items())}
+
+
+def _work(known: Known, settings: Training, grouping: Grouping, personas: Sequence[str]) -> float:
+    """Operations of one pass over the rows of some personas, by the mean row of this grouping."""
+    rows = known.training_rows
+    return _per_row(known, settings, grouping) * sum(rows[name] for name in personas)
+
+
+def _per_row(known: Known, settings: Training, grouping: Grouping) -> float:
+    lengths = known.lengths.of("train")
+    owners = lengths.owner if grouping == "persona" else np.zeros_like(lengths.owner)
+    widths = padded(lengths.prompt + lengths.answer, owners, _batch(settings), together=False)
+    rows: Rows = rows_of(widths, lengths.answer, lengths.weight)
+    done = operations.training_operations(known.layers, known.adapted(settings), rows)
+    return done / max(float(lengths.weight.sum()), 1.0)
+
+
+def _own_training(known: Known, recipe: Recipe) -> Step:
+    """What a recipe trains for itself: on the rows of each persona's experts, or a prefix for each persona."""
+    grouping: Grouping = "persona" if recipe.strategy == "prefix" else "cluster"
+    settings = known.opened.project.training.of(grouping)
+    each = 1 if recipe.strategy == "prefix" else contributors(known, recipe).each
+    makes = len(known.personas.names) if recipe.strategy == "prefix" else contributors(known, recipe).merges
+    rows = sum(known.training_rows.values()) / max(len(known.training_rows), 1) * each * makes
+    epochs = _epochs(settings, makes)
+    shapes = operations.targeted(known.layers, settings.target_modules)
+    steps = max(settings.choices) * math.ceil(rows / max(makes, 1) / _batch(settings))
+    items = math.ceil(makes / settings.adapters_per_item)
+    return Step(
+        f"train {recipe.name}", "model", makes, items, 0, _per_row(known, settings, grouping) * rows * epochs,
+        makes * operations.adapter_bytes(shapes, settings.rank, steps), 1 / max(items, 1), fixed_s=ITEM_S * items,
+    )  # fmt: skip
+
+
+def _embedding(known: Known) -> Step:
+    if embedding_source(known.opened) != "texts":
+        return Step("embed", "merge", known.bank.readable, math.ceil(known.bank.readable / 50), 0, 0.0, 0)
+    lengths = known.lengths.of("train")
+    tokens = float(lengths.weight @ (lengths.prompt + lengths.answer))
+    people = len(known.training_rows)
+    items = math.ceil(people / PERSONAS_PER_EMBEDDING)
+    there = storage.exists(storage.join(known.opened.project.shared_folder(), "embeddings", "texts-0000"))
+    done = 0.0 if there else 2 * operations.ENCODER_WEIGHTS * tokens
+    measured = measured_items([known.timings], ("embed/",), items)
+    if there:
+        return Step("embed", "model", 0, 0, people, 0.0, 0)
+    return Step("embed", "model", people, items, 0, done, 1_600 * people, 1 / items, measured_s=measured)
+
+
+def contributors(known: Known, recipe: Recipe) -> Contributors:
+    """Merges of a recipe, and adapters in each, before anything is routed."""
+    given = recipe.strategy_parameters.get("of") or {"strategy": recipe.strategy, **recipe.strategy_parameters}
+    people, groups = len(known.opened.names), known.cluster_count
+    in_cluster = max(1, round(people / max(groups, 1)))
+    each = {
+        "simple_average": people,
+        "cluster_average": in_cluster,
+        "top_k": int(given.get("k", 1)),
+        "sparse_moe": min(int(given.get("k", 1)), in_cluster),
+        "soft": min(people, SOFT_EXPERTS),
+        "hierarchical": min(people, int(given.get("top_clusters", 1)) * int(given.get("k", 1))),
+        "hybrid": 2,
+    }.get(str(given["strategy"]), 0)
+    merges = {"simple_average": 1, "cluster_average": groups}.get(str(given["strategy"]), people)
+    return Contributors(merges, each) if each else Contributors(0, 0)
+
+
+def merge_step(known: Known, recipe: Recipe) -> Step:
+    """The merges of one recipe that are missing, in the rank it asks for; a rank by energy is at most so large."""
+    found = contributors(known, recipe)
+    if recipe.strategy == "neighbours_trained" or not found.merges:
+        return Step(f"merge {recipe.name}", "merge", 0, 0, 0, 0.0, 0)
+    folder = storage.join(known.opened.project.run_folder(recipe.name), "adapters")
+    there = min(found.merges, len(storage.list_folders(folder)))
+    to_do = found.merges - there
+    settings = known.opened.project.training.of("persona")
+    shapes = operations.targeted(known.layers, settings.target_modules)
+    rank = max([max(one.ranks) for one, _ in known.bank.kinds if one.ranks], default=settings.rank)
+    rule = parse_rank(recipe.rank)
+    inner = found.each * rank
+    ranks = {path: min(rule.ceiling(shape, rank), inner) for path, shape in shapes.items()}
+    each = sum(operations.adapter_bytes({path: shape}, ranks[path]) for path, shape in shapes.items()) - (
+        len(shapes) - 1
+    ) * operations.adapter_bytes({}, 0)
+    seconds = sum(min(costs(shape, inner, ranks[path], rule).values()) for path, shape in shapes.items())
+    read = found.each * operations.adapter_bytes(shapes, rank) / READ_S
+    earlier = _earlier_bytes(known, recipe) if rule.kind in ("energy", "exact") else None
+    return Step(
+        f"merge {recipe.name}", "merge", to_do, to_do, there,
+        to_do * sum(operations.merging_operations({p: s}, inner, ranks[p]) for p, s in shapes.items()),
+        to_do * (each if earlier is None else earlier), 1 / max(to_do, 1),
+        bound=rule.kind in ("energy", "exact") and earlier is None, fixed_s=to_do * (ITEM_S + seconds + read),
+        measured_s=measured_items(known.run_timings, (f"merge/{recipe.name}/",), to_do),
+    )  # fmt: skip
+
+
+def _earlier_bytes(known: Known, recipe: Recipe) -> int | None:
+    """Mean bytes of the adapters that a run of this recipe has written already."""
+    folder = storage.join(known.opened.project.run_folder(recipe.name), "adapters")
+    sizes = [recorded_bytes(storage.join(folder, name)) for name in storage.list_folders(folder)[:20]]
+    found = [size for size in sizes if size is not None]
+    return round(sum(found) / len(found)) if found else None
+
+
+def _joined(steps: Sequence[Step]) -> Step:
+    """All merges as one step. Where any is measured, the others are taken to be as long each."""
+    to_do = sum(step.makes for step in steps)
+    measured = [step for step in steps if step.measured_s is not None and step.makes]
+    known = sum(step.makes for step in measured)
+    seconds = sum(step.measured_s or 0.0 for step in measured) * to_do / known if known else None
+    return Step(
+        "merge", "merge", to_do, to_do, sum(step.there for step in steps), sum(step.operations for step in steps),
+        sum(step.nbytes for step in steps), 1 / max(to_do, 1), any(step.bound and step.makes for step in steps),
+        0.0 if to_do == 0 else sum(step.fixed_s for step in steps), seconds,
+    )  # fmt: skip
+
+
+def _evaluating(known: Known, recipes: Sequence[Recipe]) -> Step:
+    """Answers and scores of all runs that are not scored yet."""
+    project = known.opened.project
+    there = [r for r in recipes if read_manifest(storage.join(project.run_folder(r.name), "evaluation")) is not None]
+    to_do = [recipe for recipe in recipes if recipe not in there]
+    passes = [(recipe, split, share) for recipe in to_do for split, share in _scored(known, recipe)]
+    done = sum(_answering(known, recipe, split) * share for recipe, split, share in passes)
+    items = sum(math.ceil(_people(known, split) / project.evaluation.personas_per_item) for _, split, _ in passes)
+    nbytes = round(sum(_text_bytes(known, split) for _, split, share in passes if share == 1.0))
+    measured = measured_items(known.run_timings, ("evaluate/", "validate/"), items)
+    return Step(
+        "evaluate", "model", len(to_do), items, len(there), done, nbytes, 1 / max(items, 1),
+        fixed_s=ITEM_S * items, measured_s=measured,
+    )  # fmt: skip
+
+
+def _scored(known: Known, recipe: Recipe) -> Iterator[tuple[Split, float]]:
+    """The splits that a recipe is scored on, and how many times; what is tuned is tried on a part."""
+    settings = known.opened.project.evaluation
+    yield settings.split, 1.0
+    if not _people(known, "validation"):
+        return
+    if settings.split == "test" and kind_of(recipe.name, recipe.as_dict()) == "recipe":
+        yield "validation", 1.0
+    if recipe.tuned:
+        people = min(settings.tuning_personas, len(known.personas.names))
+        share = people * settings.tuning_examples / max(_rows(known, "validation"), 1)
+        yield "validation", len(tuning.grid(known.opened, recipe)) * min(share, 1.0)
+
+
+def _rows(known: Known, split: Split) -> float:
+    return float(known.lengths.of(split).weight.sum())
+
+
+def _people(known: Known, split: Split) -> int:
+    return len(known.personas.names) - len(known.personas.missing(split))
+
+
+def _answering(known: Known, recipe: Recipe, split: Split) -> float:
+    """Operations of one pass over a split: answers, likelihoods, and the encoder over answers and references."""
+    project, lengths = known.opened.project, known.lengths.of(split)
+    batch = project.evaluation.batch_size
+    adapted = 0 if recipe.strategy == "base" else known.adapted(project.training.of("persona"))
+    answers = np.minimum(lengths.answer, project.generation.max_new_tokens)
+    prompts = padded(lengths.prompt, lengths.owner, batch, together=True)
+    new = padded(answers, lengths.owner, batch, together=True)
+    widths = padded(lengths.prompt + lengths.answer, lengths.owner, batch, together=True)
+    generated = operations.answering_operations(known.layers, adapted, prompts, new, lengths.weight)
+    scored = operations.scoring_operations(known.layers, adapted, rows_of(widths, lengths.answer, lengths.weight))
+    encoded = 2 * operations.ENCODER_WEIGHTS * 2 * float(lengths.weight @ lengths.answer)
+    return generated + scored + encoded
+
+
+def _text_bytes(known: Known, split: Split) -> float:
+    """Bytes that the answers and figures of a split take, in parts and joined: as those of a sample, encoded."""
+    table = known.personas.table.filter(pa.compute.equal(known.personas.table["split"], split))
+    sample = table.slice(0, SAMPLE)
+    if not len(sample):
+        return 0.0
+    texts = {"prompt": sample["prompt"], "reference": sample["response"], "generated": sample["response"]}
+    nbytes = len(storage.encode_parquet(pa.table({"persona": sample["persona"], **texts})))
+    return 2 * (nbytes / len(sample) + METRICS) * len(table)

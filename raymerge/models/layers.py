@@ -62,14 +62,18 @@ def frozen_weight(module: Any) -> Tensor:
     return weight.T if is_transposed(module) else weight
 
 
-def wrap(module: nn.Module, adapt: Callable[[Forward, Tensor], Tensor]) -> Callable[[], None]:
-    """Let `adapt(original_forward, x)` answer for a module; returns what puts the module back."""
+def wrap(module: Any, adapt: Callable[[Forward, Tensor], Tensor]) -> Callable[[], None]:
+    """Let `adapt(original_forward, x)` answer for a linear layer; returns what puts the layer back.
+
+    x comes where the weight lies: a head that shares its GPU with the embedding is given what another GPU computed.
+    """
     attributes = module.__dict__
+    place = module.weight.device
     previous = attributes.get("forward")
     original = module.forward
 
     def forward(x: Tensor) -> Tensor:
-        return adapt(original, x)
+        return adapt(original, x.to(place))
 
     def restore() -> None:
         if previous is None:

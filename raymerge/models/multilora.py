@@ -179,7 +179,7 @@ class MultiLora:
             if add is not None:
                 if torch.is_grad_enabled():
                     out = out.clone()  # autograd may need what the layer computed
-                add(out, x.to(out.device))  # a head on a GPU of its own is given what another one computed
+                add(out, x)
             return out
 
         return adapt

@@ -59,7 +59,7 @@ class Recipe:
 
     def resolved(self, values: Mapping[str, float]) -> Recipe:
         """The same with what was tuned: `factor` and `own_weight`, whichever are given."""
-        scale = {"match_norm": values["factor"]} if "factor" in values else self.scale
+        scale = _times_norm(values["factor"]) if "factor" in values else self.scale
         parameters = dict(self.strategy_parameters)
         if "own_weight" in values:
             parameters["own_weight"] = values["own_weight"]
@@ -222,9 +222,11 @@ def _scale(where: str, strategy: str, value: Any) -> Scale | Literal["tuned"]:
         raise RecipeError(
             f"{where}: scale is a number, match_norm, {{match_norm: 1.4}} or tuned; found {value!r}."
         ) from error
-    if is_matched:
-        return "match_norm" if factor == 1.0 else {"match_norm": factor}
-    return factor
+    return _times_norm(factor) if is_matched else factor
+
+
+def _times_norm(factor: float) -> Scale:
+    return "match_norm" if factor == 1.0 else {"match_norm": factor}
 
 
 def _dtype(where: str, value: Any) -> str | None:

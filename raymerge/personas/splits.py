@@ -28,7 +28,8 @@ def last_shares(
     rows = np.arange(count)
     order = np.lexsort((rows, personas) if times is None else (rows, times, personas))
     _, first, sizes = np.unique(personas[order], return_index=True, return_counts=True)
-    tested = np.minimum(_rounded(sizes, test), sizes - 1)
+    left = np.maximum(sizes - (2 if validation > 0 else 1), np.minimum(sizes - 1, 1))  # for test, at most
+    tested = np.minimum(_rounded(sizes, test), left)
     validated = np.minimum(_rounded(sizes, validation), sizes - 1 - tested)
     from_end = np.repeat(first + sizes, sizes) - rows  # 1 is a persona's last row
     last, before = np.repeat(tested, sizes), np.repeat(tested + validated, sizes)

@@ -1,6 +1,7 @@
 """Splits made by time, order and hash: sizes, who is last, and that newcomers change nothing for others."""
 
 import json
+import time
 from datetime import UTC, datetime, timedelta, timezone
 
 import numpy as np
@@ -15,7 +16,7 @@ from raymerge.errors import PersonaError
 from raymerge.personas import PersonaSource, read_personas
 from raymerge.personas.splits import TEST, TRAIN, VALIDATION, hashed_shares, last_shares
 
-shares = st.tuples(st.sampled_from([0.0, 0.1, 0.2, 0.45]), st.sampled_from([0.0, 0.1, 0.2, 0.45]))
+shares = st.sampled_from([(v, t) for v in (0.0, 0.1, 0.2, 0.45, 0.7) for t in (0.0, 0.1, 0.2, 0.45, 0.7) if v + t < 1])
 rows = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=40)
 
 
@@ -31,7 +32,10 @@ def test_the_last_are_tested_and_everybody_is_trained(made, parts):
         assert splits[ordered].tolist() == sorted(splits[mine].tolist())  # train, validation, test: in this order
         counts = np.bincount(splits[mine], minlength=3)
         assert counts[TRAIN] >= 1
-        assert counts[TEST] == min(max(np.floor(len(mine) * test + 0.5), test > 0), len(mine) - 1)
+        if len(mine) >= 10 and test < 0.7:
+            assert counts[TEST] == max(np.floor(len(mine) * test + 0.5), test > 0)
+        if len(mine) == 2:
+            assert counts.tolist() == ([1, 0, 1] if test else [1, 1, 0] if validation else [2, 0, 0])
         if len(mine) >= 3:
             assert (counts[VALIDATION] > 0, counts[TEST] > 0) == (validation > 0, test > 0)
 
@@ -43,6 +47,11 @@ def test_sizes(size, expected):
     splits = last_shares(np.zeros(size, np.int64), None, 0.2, 0.2)
     assert np.bincount(splits, minlength=3).tolist() == expected
     assert splits.tolist() == sorted(splits.tolist())
+
+
+def test_halves_are_rounded_up():
+    splits = last_shares(np.zeros(10, np.int64), None, 0.25, 0.45)
+    assert np.bincount(splits, minlength=3).tolist() == [2, 3, 5]
 
 
 words = st.lists(st.tuples(st.sampled_from(["ann", "bob"]), st.text(max_size=4)), max_size=20)
@@ -120,6 +129,17 @@ def test_nanoseconds_are_read_even_where_a_row_needs_a_look(tmp_path):
         table.set_column(3, "said", times).set_column(0, "persona", pa.array([0.5] * 4)), source.path
     )  # a name that Arrow does not write as Python does
     assert [e.split for e in read_personas(source).examples("0.5")] == ["test", "train", "test", "validation"]
+
+
+def test_a_time_without_a_zone_is_utc_wherever_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        times = ["2024-01-01T12:00", "2024-01-01T11:00Z", "2024-01-01T13:00Z"]
+        assert in_time(write(tmp_path, times)) == [[1], [0], [2]]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_equal_times_keep_the_order_of_the_file(tmp_path):

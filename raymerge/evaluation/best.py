@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from raymerge.evaluation.scores import Aligned, RunScores
 from raymerge.evaluation.statistics import Values
 
-SPLITS = 20
+SPLITS = 10
 SERVED = frozenset({"recipe", "reference", "baseline", "external"})  # a ceiling or a control is nothing to serve
 
 
@@ -115,17 +115,18 @@ def _halves(aligned: Aligned, served: NDArray[np.int64], place: int | None, seed
         nothing = np.empty((0, 0), dtype=np.int64)
         return _Picked(nothing, nothing, 0, None)
     generator = np.random.default_rng([seed, 3])
-    values = 100 * aligned.metrics["similarity"]
+    values = 100 * aligned.metrics["similarity"][served]
+    base = None if place is None else int(np.flatnonzero(served == place)[0])
     firsts, seconds, gains = [], [], []
     for _ in range(SPLITS):
         left = _left_half(aligned.person, count, generator)
         halves = [_means(values, aligned.person[half], half, enough) for half in (left, ~left)]
-        picks = [half[served].argmax(axis=0) for half in halves]
+        picks = [half.argmax(axis=0) for half in halves]
         firsts.append(picks[0])
         seconds.append(picks[1])
-        if place is not None:
+        if base is not None:
             for pick, other in zip(picks, reversed(halves), strict=True):
-                gains.append(float((other[served[pick], np.arange(len(enough))] - other[place]).mean()))
+                gains.append(float((other[pick, np.arange(len(enough))] - other[base]).mean()))
     repeated = float(np.mean(gains)) if gains else None
     return _Picked(np.stack(firsts), np.stack(seconds), len(enough), repeated)
 
@@ -142,7 +143,7 @@ def _left_half(
 
 
 def _means(values: Values, person: NDArray[np.int64], half: NDArray[np.bool_], enough: NDArray[np.int64]) -> Values:
-    """Means over the examples of a half: (runs, personas with two examples or more)."""
+    """Means over the examples of a half: (rows, personas with two examples or more)."""
     number = np.bincount(person, minlength=int(enough[-1]) + 1)[enough]
     sums = np.stack([np.bincount(person, weights=row[half], minlength=int(enough[-1]) + 1)[enough] for row in values])
     return np.asarray(sums / number)

@@ -17,7 +17,7 @@ from raymerge.evaluation.guide import Guide, advise
 from raymerge.evaluation.guide.facts import Facts, noise_of
 from raymerge.evaluation.remarks import remarks
 from raymerge.evaluation.rows import Row, answer_correlation, build_rows, differences_to, row_of
-from raymerge.evaluation.scores import RunScores, align
+from raymerge.evaluation.scores import Aligned, RunScores, align
 from raymerge.evaluation.seeds import describe_spread
 from raymerge.evaluation.verdict import Standing, Verdict, judge
 
@@ -120,12 +120,7 @@ def compare(
     report says that a model judges its own choice. curves: of the trainings that the runs are made of. project: the
     project file, as the guide's commands are to name it. Raises EvaluationError as `align` does.
     """
-    aligned = align(runs)
-    by_persona = 100 * aligned.persona_means("similarity")
-    order = sorted(range(len(runs)), key=lambda i: (-by_persona[i].mean(), runs[i].name))
-    runs = [runs[i] for i in order]
-    scores = by_persona[order]
-    aligned = dataclasses.replace(aligned, metrics={m: v[order] for m, v in aligned.metrics.items()})
+    runs, aligned, scores = _best_first(runs)
     names = [run.name for run in runs]
     place = names.index(reference) if reference in names else None
     means = statistics.bootstrap_means(scores.T, resamples=resamples, seed=seed)
@@ -136,36 +131,20 @@ def compare(
     verdict = judge(standings, scores, means, place)
     chosen = names.index(verdict.row) if verdict.row else None
     verdict, of_seeds = _with_seeds(verdict, None if chosen is None else rows[chosen], reference)
-    typical = [d.smallest_detectable for d, r in zip(differences, runs, strict=True) if d and r.kind == "recipe"]
-    typical = typical or [d.smallest_detectable for d in differences if d]
+    criteria = judge_criteria(
+        scores, means, chosen, place, row_of(rows, "own"), names=names, reference=reference, level=verdict.level,
+        resamples=resamples, seed=seed,
+    )  # fmt: skip
+    as_trained = best_rows(runs, aligned, scores, place, frozenset({"reference"}), seed)
+    noise = noise_of(aligned, chosen, place)
+    facts = Facts(rows, means, len(aligned.personas), place, verdict, noise, as_trained, project)
     shown = chosen if chosen is not None else _first_other(place, len(runs))
     warnings, notes = remarks(runs, aligned, reference, similarity_model, routing_model)
-    facts = Facts(
-        rows=rows,
-        means=means,
-        personas=len(aligned.personas),
-        place=place,
-        verdict=verdict,
-        noise=noise_of(aligned, chosen, place),
-        best_reference=best_rows(runs, aligned, scores, place, frozenset({"reference"}), seed),
-        project=project,
-    )
     return Comparison(
-        criteria=judge_criteria(
-            scores,
-            means,
-            chosen,
-            place,
-            row_of(rows, "own"),
-            names=names,
-            reference=reference,
-            level=verdict.level,
-            resamples=resamples,
-            seed=seed,
-        ),
+        criteria=criteria,
         verdict=verdict,
         guide=advise(facts),
-        smallest_detectable=float(np.median(typical)) if typical else None,
+        smallest_detectable=_typically_detectable(rows),
         reference=reference if place is not None else None,
         rows=rows,
         personas=aligned.personas,
@@ -185,6 +164,21 @@ def compare(
         resamples=resamples,
         seed=seed,
     )
+
+
+def _best_first(runs: Sequence[RunScores]) -> tuple[list[RunScores], Aligned, NDArray[np.float64]]:
+    """The runs in the order of their mean similarity, aligned, and their similarity x 100 per persona."""
+    aligned = align(runs)
+    by_persona = 100 * aligned.persona_means("similarity")
+    order = sorted(range(len(runs)), key=lambda i: (-by_persona[i].mean(), runs[i].name))
+    metrics = {metric: values[order] for metric, values in aligned.metrics.items()}
+    return [runs[i] for i in order], dataclasses.replace(aligned, metrics=metrics), by_persona[order]
+
+
+def _typically_detectable(rows: Sequence[Row]) -> float | None:
+    known = [(row.kind, row.difference.smallest_detectable) for row in rows if row.difference]
+    typical = [value for kind, value in known if kind == "recipe"] or [value for _, value in known]
+    return float(np.median(typical)) if typical else None
 
 
 def _with_seeds(verdict: Verdict, chosen: Row | None, reference: str) -> tuple[Verdict, tuple[str, ...]]:

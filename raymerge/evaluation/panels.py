@@ -25,7 +25,9 @@ _SQUARE = 0.126  # inches
 
 def personas_per_square(comparison: Comparison) -> float:
     """How many personas a square of the map stands for."""
-    return max(1.0, len(comparison.personas) / CELLS)
+    drawn = set(largest_clusters(comparison))
+    shown = [label for label in comparison.clusters if label in drawn] if comparison.clusters else comparison.personas
+    return max(1.0, len(shown) / CELLS)
 
 
 def strengths(comparison: Comparison, best: Best) -> dict[str, float]:
@@ -45,7 +47,8 @@ def best_figure(comparison: Comparison, best: Best) -> Figure:
     labels = np.array(comparison.clusters or ("",) * len(comparison.personas), dtype=object)
     names = largest_clusters(comparison) or [""]
     sides = _sides(best)
-    strips = [_personas(comparison, best, np.flatnonzero(labels == name)) for name in names]
+    each = personas_per_square(comparison)
+    strips = [_personas(comparison, best, np.flatnonzero(labels == name), each) for name in names]
     lines = [-(-len(strip) // ACROSS) for strip in strips]
     height = (sum(lines) + 0.6 * (len(lines) - 1)) * _SQUARE
     left, right, below = (1.45 if comparison.clusters else 0.1), 0.1, 0.06
@@ -69,7 +72,7 @@ def best_figure(comparison: Comparison, best: Best) -> Figure:
     return figure
 
 
-def _personas(comparison: Comparison, best: Best, members: NDArray[np.int64]) -> NDArray[np.int64]:
+def _personas(comparison: Comparison, best: Best, members: NDArray[np.int64], each: float) -> NDArray[np.int64]:
     """A cluster's personas in the order that they are drawn: by kind, row, and gain; thinned evenly."""
     kinds = list(KIND_COLOURS)
     order = {count.row: place for place, count in enumerate(best.counts)}
@@ -77,7 +80,7 @@ def _personas(comparison: Comparison, best: Best, members: NDArray[np.int64]) ->
     rows = key[np.array(best.row, dtype=np.int64)[members]]
     gain = np.array(best.gain)[members] if best.gain else np.zeros(len(members))
     ordered = members[np.lexsort((-gain, rows))]
-    count = max(1, round(len(ordered) / personas_per_square(comparison)))
+    count = max(1, round(len(ordered) / each))
     return ordered if count >= len(ordered) else ordered[np.linspace(0, len(ordered) - 1, count).round().astype(int)]
 
 

@@ -184,14 +184,15 @@ def cost_figure(comparison: Comparison) -> Figure | None:
     timed = [(row, seconds) for row in comparison.rows if (seconds := row.costs.seconds)]
     if not timed:
         return None
-    figure = Figure(figsize=(7.6, 4.2), layout="constrained")
+    figure = Figure(figsize=(7.6, max(4.2, 1.0 + 0.17 * len(timed))), layout="constrained")
     axes = figure.subplots()
     axes.set_xscale("log")
     for row, seconds in timed:
         colour = KIND_COLOURS[row.kind]
         axes.plot(seconds, row.similarity, KIND_MARKERS[row.kind], color=colour, markersize=7, markeredgecolor=PAPER)
     low, high = min(s for _, s in timed), max(s for _, s in timed)
-    axes.set_xlim(low / 1.25, high * (high / low) ** 0.3 * 1.3)  # room for the names at the right
+    span = max(high / low, 4.0)
+    axes.set_xlim(low / 1.15, high * span**0.5)  # room for the names at the right
     ticks = [t for t in TIME_TICKS if low / 1.25 <= t <= high * 1.3]
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(ticks, [duration(t) for t in ticks])
@@ -199,22 +200,35 @@ def cost_figure(comparison: Comparison) -> Figure | None:
     axes.set_ylabel("similarity × 100")
     axes.margins(y=0.08)
     bare(axes)
-    _name_points(axes, timed)
+    _name_points(axes, timed, high * span**0.08)
     return figure
 
 
-def _name_points(axes: Axes, timed: Sequence[tuple[Row, float]]) -> None:
-    """Names to the right of their points, moved down where they would lie on each other."""
+def _name_points(axes: Axes, timed: Sequence[tuple[Row, float]], across: float) -> None:
+    """Names in a column at the right, in the order of their points and apart, each with a line to its point."""
+    ordered = sorted(timed, key=lambda pair: -pair[0].similarity)
     low, high = axes.get_ylim()
-    line = (high - low) / 22  # height of a label in points of similarity
-    last = np.inf
-    for row, seconds in sorted(timed, key=lambda pair: -pair[0].similarity):
-        last = min(row.similarity, last - line)
+    line = (high - low) / max(22.0, len(ordered) + 1.0)  # height of a label in points of similarity
+    heights = _apart([row.similarity for row, _ in ordered], line, low + line / 2)
+    for (row, seconds), height in zip(ordered, heights, strict=True):
         axes.annotate(
-            short(row.name), (seconds, row.similarity), (seconds * 1.06, last), color=KIND_COLOURS[row.kind],
-            va="center", fontsize=8.5,
+            short(row.name), (seconds, row.similarity), (across, height), color=KIND_COLOURS[row.kind], va="center",
+            fontsize=8.5,
             arrowprops={"arrowstyle": "-", "color": LINE, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 4},
         )  # fmt: skip
+
+
+def _apart(heights: Sequence[float], least: float, floor: float) -> list[float]:
+    """Falling heights moved down, and up again from the floor, until they are at least so far apart."""
+    found: list[float] = []
+    for height in heights:
+        found.append(min(height, found[-1] - least) if found else height)
+    for place in range(len(found) - 1, -1, -1):
+        lowest = floor if place == len(found) - 1 else found[place + 1] + least
+        if found[place] >= lowest:
+            break
+        found[place] = lowest
+    return found
 
 
 def _even_choice(count: int, most: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

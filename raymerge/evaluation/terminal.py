@@ -22,6 +22,7 @@ OUTCOMES = {"met": "bold green", "not met": "bold red", "cannot be told": "bold"
 NOTES_SHOWN = 12
 WIDTH = 80
 NAME = 18  # characters of a row's name
+STAYS = 10  # the importance of a column that is never left out
 
 
 def terminal_table(comparison: Comparison) -> RenderableType:
@@ -71,12 +72,16 @@ def _guide(comparison: Comparison) -> list[RenderableType]:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table. importance: the least important ones are left out where the table would be too wide;
-    those of None stay."""
+    """A column of the table. importance: the least important ones are left out where the table would be too wide."""
 
     header: str
     cell: Callable[[Row], Text]
-    importance: int | None = None
+    importance: int = STAYS
+
+    @property
+    def may_go(self) -> bool:
+        """Whether it may be left out."""
+        return self.importance < STAYS
 
 
 def _columns(comparison: Comparison) -> list[Column]:
@@ -84,7 +89,7 @@ def _columns(comparison: Comparison) -> list[Column]:
     if comparison.reference:
         columns += [
             Column(f"over {short(comparison.reference, 12)}", _difference),
-            Column("p", lambda row: Text(p_value(row.difference.p_holm) if row.difference else ""), 4),
+            Column("p", lambda row: Text(p_value(row.difference.p_holm) if row.difference else ""), 5),
             Column("better", lambda row: Text(_improved(row)), 9),
             Column("worse", lambda row: Text(f"{row.difference.regressed.observed:.0f}" if row.difference else ""), 8),
         ]
@@ -92,7 +97,7 @@ def _columns(comparison: Comparison) -> list[Column]:
         columns.append(Column("seeds", _seeds, 7))
     columns += [
         Column("models", lambda row: Text("" if row.costs.adapters is None else f"{row.costs.adapters:,}"), 6),
-        Column("memory", lambda row: Text("" if row.costs.bytes is None else _memory(row.costs.bytes)), 5),
+        Column("memory", lambda row: Text("" if row.costs.bytes is None else _memory(row.costs.bytes)), 4),
         Column("chrF", lambda row: Text(number(row.chrf)), 2),
         Column("nll", lambda row: Text(number(row.nll, 2)), 1),
     ]
@@ -114,15 +119,14 @@ def _table(comparison: Comparison) -> Table:
 
 
 def _fitting(columns: Sequence[Column], rows: Sequence[Row], taken: int) -> list[Column]:
-    """The columns that fit beside names of `taken` characters, in their order."""
+    """The columns that fit beside names of `taken` characters, in their order, the most important ones first served."""
     widths = [max(len(column.header), *(len(column.cell(row)) for row in rows)) + 1 for column in columns]
-    kept = list(range(len(columns)))
-    while taken + sum(widths[i] for i in kept) > WIDTH:
-        spare = [i for i in kept if columns[i].importance is not None]
-        if not spare:
-            break
-        kept.remove(min(spare, key=lambda i: columns[i].importance or 0))
-    return [columns[i] for i in kept]
+    kept: list[int] = []
+    for i in sorted(range(len(columns)), key=lambda i: -columns[i].importance):
+        if taken + widths[i] <= WIDTH or not columns[i].may_go:
+            kept.append(i)
+            taken += widths[i]
+    return [columns[i] for i in sorted(kept)]
 
 
 def _difference(row: Row) -> Text:

@@ -235,9 +235,9 @@ class _Delta(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
-        x = ctx.saved_tensors[0]
-        to_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
-        _collect(ctx, gradients[0].contiguous(), to_x)
+        gradient = gradients[0].contiguous()
+        to_x = gradient.new_zeros(*gradient.shape[:-1], ctx.module.inner) if ctx.needs_input_grad[0] else None
+        _collect(ctx, gradient, to_x)
         return to_x, None, None, None
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,17 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from raymerge.adapters.adapter import LoraAdapter
 from raymerge.errors import ModelError
+from raymerge.models.answers import encode_rows, pad_right
 from raymerge.models.base import BaseModel, load_base
 from raymerge.models.generation import GenerationSettings, generate, score_references
 from raymerge.models.layers import compute_dtype, frozen_weight, is_quantised, linear_modules, shape_of
 from raymerge.models.multilora import MultiLora
+from raymerge.models.training import TrainingGroup, TrainingSettings, learning_rate, train
 from raymerge.runtime.workers import ModelWorker
 
 needed = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 BITS = ("8bit", "4bit")
+ROWS = (("w1 w2", "w3 w4 w5"), ("w6", "w7 w8 w9"), ("w10 w11 w12", "w13"), ("w3", "w2 w1"))
 IDS = torch.randint(3, 60, (6, 9), generator=torch.Generator().manual_seed(0))
 
 
@@ -155,6 +159,75 @@ def test_conv1d_layers(tiny_llama: Path, tmp_path: Path, bits: str, make_adapter
         with lora.rows([0]):
             torch.testing.assert_close(layer(x), plain + x @ delta.T)
     assert is_quantised(layer)
+
+
+def peft_steps(base: BaseModel, start: LoraAdapter, settings: TrainingSettings) -> LoraAdapter:
+    """The same training with PEFT's layers, torch's autograd, loss, clipping and optimiser; all rows in each step."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=settings.rank, lora_alpha=int(settings.alpha), target_modules=list(start.modules))
+    model = get_peft_model(base.model, config).eval()
+    layers = {name: model.base_model.model.get_submodule(name) for name in start.modules}
+    for name, module in start.modules.items():
+        layers[name].lora_A["default"].weight.data.copy_(module.A)
+        layers[name].lora_B["default"].weight.data.copy_(module.B)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=0.0, weight_decay=settings.weight_decay)
+    encoded = encode_rows(base, [p for p, _ in ROWS], [a for _, a in ROWS], end=True)
+    batch = pad_right(sorted(encoded, key=len), base.pad_id)
+    labels = batch.ids.masked_fill(~batch.answer, -100)
+    for step in range(settings.epochs):
+        optimiser.zero_grad()
+        model(input_ids=batch.ids, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+        optimiser.param_groups[0]["lr"] = learning_rate(step, settings.epochs, settings)
+        optimiser.step()
+    factors = {
+        name: replace(module, A=layers[name].lora_A["default"].weight, B=layers[name].lora_B["default"].weight)
+        for name, module in start.modules.items()
+    }
+    return replace(start, modules=factors)
+
+
+@needed
+@pytest.mark.parametrize(("bits", "close"), [("8bit", 0.01), ("4bit", 1e-4)])
+def test_training_equals_peft(
+    tiny_llama: Path, make_adapter: Callable[..., LoraAdapter], bits: str, close: float
+) -> None:
+    """8 bits round what enters a layer to 127 steps, so that the last digit of a float can move one of them."""
+    base = load_base(str(tiny_llama), quantization=bits)
+    start = make_adapter(base, 5, rank=3, scaling=2.0)
+    settings = TrainingSettings(rank=3, alpha=6.0, epochs=5, learning_rate=5e-3, batch_size=len(ROWS))
+    groups = [TrainingGroup("a", ROWS), TrainingGroup("b", ROWS)]
+    ours = train(base, groups, settings, start_from=start)[1]
+    wanted = peft_steps(load_base(str(tiny_llama), quantization=bits), start, settings)
+    moved = change(ours.adapter, start)
+    assert float((moved - change(wanted, start)).norm()) < close * float(moved.norm())
+    assert ours.losses[-1] < ours.losses[0]
+    assert ours.adapter.dtype == torch.float32
+
+
+def change(adapter: LoraAdapter, start: LoraAdapter) -> Tensor:
+    """What training did to the factors, in one vector."""
+    return torch.cat(
+        [
+            (after - before).flatten()
+            for name, module in start.modules.items()
+            for after, before in ((adapter.modules[name].A, module.A), (adapter.modules[name].B, module.B))
+        ]
+    ).detach()
+
+
+@needed
+@pytest.mark.parametrize("bits", BITS)
+def test_checkpointing_changes_nothing(tiny_llama: Path, bits: str) -> None:
+    settings = TrainingSettings(rank=2, epochs=3, learning_rate=1e-2)
+    found = []
+    for again in (False, True):
+        base = load_base(str(tiny_llama), quantization=bits)
+        (one,) = train(base, [TrainingGroup("a", ROWS)], replace(settings, gradient_checkpointing=again))
+        found.append(one.losses)
+    assert found[0] == pytest.approx(found[1], rel=1e-4 if bits == "4bit" else 1e-2)
 
 
 @needed

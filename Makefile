@@ -12,8 +12,8 @@ install: .venv/installed
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
-oracles: install  ## mergekit and MLX, which some tests compare with; without them those are skipped
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,mergekit,mlx]'
+oracles: install  ## mergekit, MLX and bitsandbytes, which some tests need; without them those are skipped
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,mergekit,mlx,quantised]'
 
 demo: install  ## the whole path on a world it makes itself: demo/runs/report.html
 	$(BIN)/raymerge demo --out demo $(ARGS)

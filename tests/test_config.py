@@ -5,6 +5,7 @@ from pydantic import ValidationError
 
 from raymerge.config import load_project, parse_size
 from raymerge.errors import ProjectError
+from raymerge.pipelines.job import worker_kinds
 
 
 def write(folder, text):
@@ -36,6 +37,9 @@ def test_a_workspace_may_be_a_bucket(tmp_path):
         ("adapters: a", "must hold {persona}"),
         ("generation: {prompt_format: 'Q:'}", "must be `chat` or a text with {prompt}"),
         ("hardware: {expert_cache: lots}", "is not a size"),
+        ("hardware: {gpus_per_model: 1.5}", r"`hardware.gpus_per_model`: give a share of one GPU \(0.5\), or a whole"),
+        ("hardware: {gpus_per_model: -1}", "`hardware.gpus_per_model`: give a share"),
+        ("hardware: {quantization: 3bit}", "`hardware.quantization`: Input should be 'none', '8bit' or '4bit'"),
         ("recipes: {../x: {strategy: own}}", "cannot be the name of a folder"),
         ("recipes: {plots: {strategy: own}}", "'plots' is taken by the report"),
         ("1: x", "unknown key `1`"),
@@ -94,6 +98,16 @@ def test_personas_are_a_path_or_a_mapping(tmp_path):
     for source in (plain, made):
         assert pickle.loads(pickle.dumps(source)) == source
         assert hash(source) == hash(source.model_copy())
+
+
+@pytest.mark.parametrize(
+    ("given", "gpus", "each"), [("auto", "auto", 1), ("0.5", 0.5, 1), ("0", 0, 1), ("1", 1, 1), ("2", 2, 2)]
+)
+def test_gpus_and_bits_of_a_model_reach_its_worker(tmp_path, given, gpus, each):
+    project = load_project(write(tmp_path, f"hardware: {{gpus_per_model: {given}, quantization: 4bit}}\n"))
+    _, model = worker_kinds(project, "base")
+    assert model.num_gpus == gpus
+    assert (model.arguments["gpus"], model.arguments["quantization"]) == (each, "4bit")
 
 
 def test_a_recipe_may_be_named_by_a_number(tmp_path):

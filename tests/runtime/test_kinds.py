@@ -27,6 +27,14 @@ def test_gpus_bound_model_workers_and_the_rest_of_the_cpus_goes_to_merges():
     assert not plan.notes
 
 
+def test_two_gpus_of_a_worker_are_of_one_machine():
+    nodes = [{"CPU": 8.0, "GPU": 3.0}, {"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 4.0}]
+    plan = plan_workers([kind("model", 1, 2)], nodes)
+    assert plan.counts == {"model": 3}  # one GPU of the first machine and the second's only one stay idle
+    with pytest.raises(PoolError, match=r"a model worker takes 1 CPU and 2 GPU.*\n.*1 GPU; 8 CPU and 1 GPU"):
+        plan_workers([kind("model", 1, 2)], [{"CPU": 8.0, "GPU": 1.0}] * 2)
+
+
 def test_auto_is_no_gpu_where_there_is_none():
     plan = plan_workers([kind("model", 1, "auto")], [{"CPU": 2.0}])
     assert plan.needs["model"].gpus == 0
@@ -95,7 +103,7 @@ def test_what_an_autoscaling_cluster_must_be_told_is_named(one, key):
         plan_autoscaling([one])
 
 
-@pytest.mark.parametrize(("gpus", "device"), [(1, "cuda"), (0.25, "cuda"), (0, "cpu"), ("auto", "auto")])
+@pytest.mark.parametrize(("gpus", "device"), [(1, "cuda"), (2, "cuda"), (0.25, "cuda"), (0, "cpu"), ("auto", "auto")])
 def test_a_worker_is_told_where_to_compute(gpus, device):
     told = WorkerKind("m", object, {"base": "b"}, device_argument="device")
     assert told.arguments_on(gpus) == {"base": "b", "device": device}

@@ -28,7 +28,7 @@ from raymerge.errors import ProjectError, unknown
 Grouping = Literal["persona", "cluster", "unified"]
 GROUPINGS: tuple[Grouping, ...] = ("persona", "cluster", "unified")
 Epochs = int | tuple[int, ...]
-NOT_RUNS = ("plots", "report.html", "comparison.json")  # what the report puts beside the runs
+NOT_RUNS = ("plots", "report.html", "comparison.json", "tensorboard")  # what else lies beside the runs
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 
 

@@ -161,9 +161,10 @@ def _read_progress(folder: str) -> dict[str, Any] | None:
 
 
 def live_line(id: str, task: TrainTask, known: Mapping[str, Any]) -> str | None:
-    """'cluster_03: step 120/480, 1:02 left, loss 1.23, validation 1.30, 5.2k tokens/s'; None before the first step.
+    """'cluster_03: step 120/480, 1:02 left, loss 1.23, 5.2k tokens/s, validation 1.30'; None before the first step.
 
-    Of several adapters: their mean losses, and the share of all their steps.
+    Of several adapters: their mean losses, and the share of all their steps. What is asked for first stands first,
+    since a narrow terminal cuts the end.
     """
     groups = list(known.get("groups", {}).values())
     if not groups:
@@ -178,13 +179,16 @@ def live_line(id: str, task: TrainTask, known: Mapping[str, Any]) -> str | None:
     if known.get("left_s") is not None:
         parts.append(f"{clock_text(known['left_s'])} left")
     training = [g for g in groups if g["step"] > 0 and not g["done"]] or groups
-    for what in ("loss", "validation"):
-        values = [g[what] for g in training if g[what] is not None]
-        if values:
-            parts.append(f"{what} {sum(values) / len(values):.2f}")
+    parts += _mean("loss", training)
     if known.get("tokens_per_s") is not None:
         parts.append(f"{_amount(known['tokens_per_s'])} tokens/s")
+    parts += _mean("validation", training)
     return ", ".join(parts)
+
+
+def _mean(what: str, groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    values = [group[what] for group in groups if group[what] is not None]
+    return [f"{what} {sum(values) / len(values):.2f}"] if values else []
 
 
 def _amount(number: float) -> str:

@@ -114,6 +114,14 @@ def test_times_are_written_while_a_job_goes_on(project):
     assert len(storage.read_bytes(f"{folder}/timings.jsonl").splitlines()) == 2
 
 
+def test_seconds_of_killed_workers_that_a_checkpoint_saved_count(project):
+    opened = open_project(project)
+    timings = Timings(opened.project)
+    timings.note(Outcome("train/unified", {"skipped": False, "spared_s": 30.0}, None, 2, 12.0, "here"))
+    timings.flush()
+    assert read_timings(opened.project.shared_folder())["train/unified"].seconds == 42
+
+
 def test_what_a_storage_refuses_is_written_later(project, monkeypatch):
     opened = open_project(project)
     timings = Timings(opened.project, every_s=0)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,8 +74,11 @@ def test_an_item_leaves_its_adapters_with_their_course_and_nothing_else(tmp_path
         assert manifest["tokens"] > 0
     assert not Path(task.folder).exists()
     before = digests(tmp_path / "item")
+    (Path(task.folder) / "checkpoint-0").mkdir(parents=True)  # killed between its last adapter and its end
+    (Path(task.folder) / "progress.json").touch()
     assert worker.train(task) == {"skipped": True}
     assert digests(tmp_path / "item") == before
+    assert not Path(task.folder).exists()
 
 
 def test_a_cluster_tells_who_its_members_are(tmp_path, worker):
@@ -149,6 +153,22 @@ def test_a_checkpoint_of_other_settings_does_not_count(tmp_path, worker, monkeyp
     assert digests(tmp_path / "item") == digests(tmp_path / "whole")
 
 
+def test_an_item_at_a_uri_is_carried_out_and_goes_on_there(tmp_path, worker, monkeypatch):
+    def at_uri(task):
+        groups = tuple(replace(group, folder=f"file://{group.folder}") for group in task.groups)
+        return replace(task, groups=groups, folder=f"file://{task.folder}")
+
+    worker.train(at_uri(make_task(tmp_path / "whole", tensorboard=True)))
+    task = make_task(tmp_path / "item", tensorboard=True)
+    run_stopped(at_uri(task), worker, 8, monkeypatch)
+    assert worker.train(at_uri(task))["said"]
+    assert digests(tmp_path / "item") == digests(tmp_path / "whole")
+    assert not Path(task.folder).exists()
+    for name, steps in STEPS.items():
+        curves = read_curves(tmp_path / "item" / "runs" / "tensorboard" / name)
+        assert list(curves["loss"]) == list(range(1, steps + 1))
+
+
 def test_checkpoints_are_as_far_apart_as_was_asked(tmp_path, worker, monkeypatch):
     task = make_task(tmp_path, checkpoint_every=3600)
     run_stopped(task, worker, 10, monkeypatch)
@@ -195,7 +215,7 @@ def test_tried_epochs_make_the_adapter_of_the_number_that_was_chosen(tmp_path, w
         write_artefact(folder, {"summary.json": storage.encode_json({"mean": {"similarity": similarity}})}, {}, "key")
         trials.append(Trial(epochs, folder))
     task = make_task(tmp_path / "item", epochs=(1, 2, 4))
-    worker.train(type(task)(**{**vars(task), "trials": tuple(trials)}))
+    worker.train(replace(task, trials=tuple(trials)))
     worker.train(make_task(tmp_path / "plain", epochs=2))
     chosen, plain = (read_manifest(str(tmp_path / name / "adapters" / "a")) for name in ("item", "plain"))
     assert chosen["epochs_chosen"] == {"tried": {"1": 0.2, "2": 0.4, "4": 0.3}, "chosen": 2}

@@ -86,7 +86,7 @@ def test_lines_say_what_a_person_wants_to_know(tmp_path):
     record = {"step": 120, "steps": 480, "loss": 1.234, "validation": 1.3, "done": False}
     known = {"groups": {"cluster_03": record}, "tokens_per_s": 5210.0, "left_s": 62.0, "said": []}
     line = live_line(one.id, one.payload, known)
-    assert line == "cluster_03: step 120/480, 1:02 left, loss 1.23, validation 1.30, 5.2k tokens/s"
+    assert line == "cluster_03: step 120/480, 1:02 left, loss 1.23, 5.2k tokens/s, validation 1.30"
     assert len(line) <= 78
     groups = {
         "a": {**record, "step": 100, "steps": 100, "loss": 9.0, "done": True},

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from raymerge.adapters.adapter import LoraAdapter, LoraModule
 from raymerge.errors import ModelError, UnsupportedAdapterError
 from raymerge.models.base import BaseModel
+from raymerge.models.dealing import plan_layout
 from raymerge.models.layers import is_transposed, linear_modules
-from raymerge.models.multilora import MultiLora, plan_layout
+from raymerge.models.multilora import MultiLora
 
 IDS = torch.randint(3, 60, (6, 9), generator=torch.Generator().manual_seed(0))
 

@@ -24,6 +24,12 @@ def is_transposed(module: nn.Module) -> bool:
     return isinstance(module, Conv1D)
 
 
+def is_filed_transposed(module: Any) -> bool:
+    """Whether the base's file keeps a linear layer's weight as (in_features, out_features); a quantised layer of GPT-2
+    has turned it."""
+    return is_transposed(module) or getattr(module, "source_cls", None) is Conv1D
+
+
 def is_quantised(module: Any) -> bool:
     """Whether a linear layer keeps its weight in fewer bits than it computes in: 4 or 8 bits of bitsandbytes.
 

@@ -159,6 +159,9 @@ def test_conv1d_layers(tiny_llama: Path, tmp_path: Path, bits: str, make_adapter
         with lora.rows([0]):
             torch.testing.assert_close(layer(x), plain + x @ delta.T)
     assert is_quantised(layer)
+    lora.detach()
+    (one,) = train(base, [TrainingGroup("a", ROWS)], TrainingSettings(rank=2, epochs=1))
+    assert one.adapter.fan_in_fan_out  # as PEFT says of an adapter of the unquantised model
 
 
 def peft_steps(base: BaseModel, start: LoraAdapter, settings: TrainingSettings) -> LoraAdapter:

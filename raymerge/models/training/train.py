@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from raymerge import storage
 from raymerge.adapters.adapter import LoraAdapter
 from raymerge.models.base import BaseModel
-from raymerge.models.layers import is_transposed, shape_of
+from raymerge.models.layers import is_filed_transposed, shape_of
 from raymerge.models.stacked import FactorStack
 from raymerge.models.training.beginning import Beginnings, check_start, digest_start, targets
 from raymerge.models.training.checkpoint import Course, State, decode_state, encode_state
@@ -219,7 +219,7 @@ class _Training:
             name=self.groups[group].name,
             modules=self.stack.modules_of(factors),
             base_model=self.base.location,
-            fan_in_fan_out=any(is_transposed(layer) for layer in self.layers.values()),
+            fan_in_fan_out=any(is_filed_transposed(layer) for layer in self.layers.values()),
             task_type="CAUSAL_LM",
             started_from=self.start_name,
         )

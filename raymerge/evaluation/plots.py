@@ -73,7 +73,7 @@ def _scatter(axes: Axes, comparison: Comparison, row: Row) -> None:
     mine = comparison.scores[comparison.row(row.name), personas]
     fallen = mine - reference < -REGRESSION
     low = np.floor(comparison.scores.min() / 10) * 10
-    high = np.ceil(comparison.scores.max() / 10) * 10
+    high = max(low + 10, np.ceil(comparison.scores.max() / 10) * 10)  # all scores may be one and the same
     axes.plot([low, high], [low, high], color=MUTED, linewidth=0.9)
     axes.plot([low + REGRESSION, high], [low, high - REGRESSION], color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)))
     colour = KIND_COLOURS[row.kind]

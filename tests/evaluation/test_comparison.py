@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -52,6 +53,19 @@ def test_holm_runs_over_the_recipes_alone(world) -> None:
     small, large = sorted([raw["soft"], raw["simple_average"]])
     expected = [min(1, 2 * small), max(2 * small, large)]
     assert sorted([corrected["soft"], corrected["simple_average"]]) == pytest.approx(expected)
+
+
+def test_the_worst_tenth_is_each_row_s_own(world) -> None:
+    comparison = compare(world[0], resamples=50)
+    for row, scores in zip(comparison.rows, comparison.scores, strict=True):
+        assert row.worst_decile == pytest.approx(np.sort(scores)[:3].mean())  # of 24, rounded up
+
+
+def test_rows_with_examples_in_the_prompt_are_no_references(world) -> None:
+    runs, _ = world
+    prompted = dataclasses.replace(runs[1], recipe={**runs[1].recipe, "retrieval": {"examples": 2}})
+    notes = compare([runs[0], prompted, *runs[2:]], resamples=50).notes
+    assert any("Not compared here: cluster_trained, own." in note for note in notes)
 
 
 def test_cluster_figures_add_up_to_the_whole(world) -> None:
@@ -166,9 +180,17 @@ def test_json_is_plain_and_has_no_nan() -> None:
         ("oracle", {"strategy": "soft"}, "ceiling"),
         ("soft", {"strategy": "soft"}, "recipe"),
         ("prefix", {}, "external"),
+        ("prefix", {"strategy": "prefix"}, "external"),
+        ("hybrid", {"strategy": "hybrid"}, "baseline"),
+        ("selective", {"strategy": "selective"}, "baseline"),
+        ("neighbours_trained", {"strategy": "neighbours_trained"}, "baseline"),
+        ("rag", {"strategy": "base", "retrieval": {"examples": 3}}, "baseline"),
+        ("rag_own", {"strategy": "own", "retrieval": {"examples": 3}}, "baseline"),
+        ("unified", {"strategy": "unified", "retrieval": None}, "reference"),
+        ("rag_soft", {"strategy": "soft", "retrieval": {"examples": 3}}, "recipe"),
     ],
 )
-def test_kinds(name: str, made_by: dict[str, str], kind: str) -> None:
+def test_kinds(name: str, made_by: dict[str, Any], kind: str) -> None:
     assert kind_of(name, made_by) == kind
 
 

@@ -73,6 +73,38 @@ def test_without_reference_or_without_recipe_it_says_so() -> None:
     assert "No recipe was compared" in verdict([(UNIFIED, 75)]).headline
 
 
+PROMPTED = {"retrieval": {"examples": 3, "format": "{prompt} {response}"}}
+
+
+def test_examples_in_the_prompt_are_not_merging() -> None:
+    rag = Standing("rag_soft", "recipe", {**NEIGHBOUR.recipe, **PROMPTED})
+    rag_unified = Standing("rag_unified", "baseline", {**UNIFIED.recipe, **PROMPTED})
+    found = verdict([(rag, 80), (rag_unified, 78), (NEIGHBOUR, 75), (CONTROL, 60), (UNIFIED, 65)])
+    assert found.row == "soft"
+    assert "soft is the only recipe of its kind." in found.details
+    assert any("Above it without being a recipe: rag_unified 78.0" in detail for detail in found.details)
+    assert any("Above it with training examples in the prompt too: rag_soft 80.0" in detail for detail in found.details)
+    alone = verdict([(rag, 80), (UNIFIED, 65)])
+    assert alone.row is None
+    assert "No recipe with plain prompts was compared" in alone.headline
+
+
+def test_a_control_with_examples_in_its_prompt_is_none_of_a_plain_recipe() -> None:
+    prompted = Standing("prompted", "control", {**CONTROL.recipe, **PROMPTED})
+    assert controls_of([NEIGHBOUR, prompted, CONTROL], 0) == [2]
+    assert controls_of([NEIGHBOUR, prompted], 0) == []
+
+
+def test_controls_at_their_own_best_scale_are_controls() -> None:
+    """What both chose for themselves may differ; a scale that one of them was given may not."""
+    tuned = Standing("soft", "recipe", {**NEIGHBOUR.recipe, "scale": {"match_norm": 1.4}}, tuned=True)
+    control = Standing("shuffled", "control", {**CONTROL.recipe, "scale": {"match_norm": 2.0}}, tuned=True)
+    assert controls_of([tuned, control, OTHER], 0) == [1]
+    given = Standing("shuffled", "control", control.recipe)
+    other = Standing("other", "control", {**CONTROL.recipe, "scale": 3.0})
+    assert controls_of([tuned, given, other], 0) == [1, 2]  # of its strategy, none of them its own
+
+
 def test_one_persona_is_not_judged() -> None:
     rows = [NEIGHBOUR, CONTROL, UNIFIED]
     scores = np.array([[75.0], [60.0], [65.0]])

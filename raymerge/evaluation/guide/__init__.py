@@ -59,8 +59,8 @@ class Guide:
 def advise(facts: Facts) -> Guide:
     """The decision guide for a comparison: at most five steps."""
     steps = [step for make in MAKERS if (step := make(facts)) is not None]
-    ordered = sorted(steps, key=lambda step: (not step.first, -step.worth))
-    return Guide(_in_hand(facts), tuple(ordered[:MOST_STEPS]))
+    kept = sorted(steps, key=lambda step: (not (step.first or step.needed), -step.worth))[:MOST_STEPS]
+    return Guide(_in_hand(facts), tuple(sorted(kept, key=lambda step: (not step.first, -step.worth))))
 
 
 def _in_hand(facts: Facts) -> str:

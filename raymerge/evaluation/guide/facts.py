@@ -34,7 +34,8 @@ class Step:
 
     what: in words. gain: likely range in points, None where the rows say nothing of it. because: where the range comes
     from, or what the step is for where it gains no points. training: whether it trains. seconds: what it takes, None
-    where no like row says. first: whether it comes before all others.
+    where no like row says. tells: whether it gains knowledge, not points. needed: without it nothing can be said, so it
+    is among the steps whatever it costs. first: whether it comes before all others.
     """
 
     what: str
@@ -44,6 +45,7 @@ class Step:
     seconds: float | None
     command: str
     tells: bool = False
+    needed: bool = False
     first: bool = False
 
     @property
@@ -119,7 +121,7 @@ class Facts:
 
     def evaluating(self, rows: int = 1) -> float | None:
         """Seconds that it takes to evaluate some rows."""
-        return _times(rows, _median([row.costs.evaluate_s for row in self.rows]))
+        return scaled(rows, _median([row.costs.evaluate_s for row in self.rows]))
 
     def training(self, strategy: str) -> float | None:
         """Seconds that training took for the row of a strategy."""
@@ -158,7 +160,8 @@ def plus(*seconds: float | None) -> float | None:
     return sum(known) if len(known) == len(seconds) else None
 
 
-def _times(factor: float, seconds: float | None) -> float | None:
+def scaled(factor: float, seconds: float | None) -> float | None:
+    """Seconds times a factor, None where they are not known."""
     return None if seconds is None else factor * seconds
 
 

@@ -3,7 +3,7 @@
 Each function looks at the facts and makes its step, or none where it would gain nothing or was done.
 """
 
-from raymerge.evaluation.guide.facts import Facts, Step, plus
+from raymerge.evaluation.guide.facts import Facts, Step, plus, scaled
 from raymerge.evaluation.wording import signed
 
 MOST_TIMES = 25.0  # as much test data as there is; more is nothing to ask for
@@ -92,21 +92,23 @@ def more_test_data(facts: Facts) -> Step | None:
     times = (difference.smallest_detectable / shown) ** 2  # as much as there is, where personas are added
     noise = facts.noise
     room = (noise.between + noise.within / noise.examples) / times - noise.between
-    if room > 0 and noise.within / room <= 2 * MOST_TIMES * noise.examples:
+    more_personas = not (room > 0 and noise.within / room <= 2 * MOST_TIMES * noise.examples)
+    if not more_personas:
         times = noise.within / room / noise.examples
         what = f"Write about {noise.within / room:.0f} test examples a persona instead of {noise.examples:.0f}"
     else:
         what = f"Test on about {times * facts.personas:,.0f} personas instead of {facts.personas:,}"
-    seconds = facts.evaluating(2)
+    own = scaled(times - 1, facts.training("own")) if more_personas else 0.0
     return Step(
         what=what,
         gain=(0.0, shown),
         because=f"no gain in itself, but {signed(shown)} over {reference} would show; now "
         f"{difference.smallest_detectable:.1f} is the least",
-        training=False,
-        seconds=None if seconds is None else times * seconds,
+        training=more_personas,
+        seconds=plus(scaled(times, facts.evaluating(2)), own),
         command=facts.run(best.name, reference),
         tells=True,
+        needed=True,
     )
 
 

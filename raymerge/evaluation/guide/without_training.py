@@ -153,9 +153,10 @@ def choose_per_persona(facts: Facts) -> Step | None:
     known = facts.best_reference
     if facts.find("selective") is not None or facts.place is None or facts.start is None or known is None:
         return None
-    if known.repeated is None:
+    if known.repeated is None or known.single is None:
         return None
-    gain = known.repeated - (facts.rows[facts.start].similarity - facts.rows[facts.place].similarity)
+    there = max(known.single, facts.rows[facts.start].similarity - facts.rows[facts.place].similarity)
+    gain = known.repeated - there
     if gain <= 0:
         return None
     return Step(
@@ -197,6 +198,7 @@ def run_control(facts: Facts) -> Step | None:
         seconds=facts.merging(),
         command=facts.run(f"random_{name}"),
         tells=True,
+        needed=True,
     )
 
 

@@ -1,0 +1,211 @@
+"""The decision guide: what it says of comparisons that were made for it."""
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raymerge.evaluation.comparison import Comparison, compare
+from raymerge.evaluation.guide.facts import Step
+from raymerge.evaluation.scores import Costs, RunScores
+
+from .conftest import SOFT, recipe, run
+
+TRAINED = {"unified": Costs(600, 0, 30, 1 << 20, 1), "own": Costs(3600, 0, 40, 80 << 20, 80),
+           "base": Costs(0, 0, 30, 0, 0), "cluster_trained": Costs(900, 0, 35, 5 << 20, 5)}  # fmt: skip
+MERGED = Costs(3600, 20, 30, 60 << 20, 80)
+RETRIEVAL = {"examples": 3, "format": "{prompt} {response}"}
+TOP = {"strategy": "top_k", "k": 5}
+
+
+def row(name: str, level: float, seed: int, *, noise: float = 0.05, made_by: dict | None = None, **more) -> RunScores:
+    generator = np.random.default_rng([seed, len(name)])
+    similarity = np.clip(level + generator.normal(0, noise, size=(80, 6)), 0, 1)
+    written = made_by or recipe(name, name)
+    return run(name, written, similarity, costs=TRAINED.get(name, MERGED), **more)
+
+
+def soft(level: float, name: str = "soft", seed: int = 5, noise: float = 0.05, **more) -> RunScores:
+    keys = {key: more.pop(key) for key in ("retrieval", "scale") if key in more}
+    return row(name, level, seed, noise=noise, made_by={**recipe(name, "soft", **SOFT), **keys}, **more)
+
+
+def references(unified: float = 0.5, own: float = 0.45, cluster_trained: float | None = 0.55) -> list[RunScores]:
+    rows = [row("base", 0.3, 1), row("unified", unified, 2), row("own", own, 3)]
+    return rows if cluster_trained is None else [*rows, row("cluster_trained", cluster_trained, 4)]
+
+
+def control(level: float) -> RunScores:
+    return row("random_soft", level, 9, made_by=recipe("random_soft", "random_k", of={"strategy": "soft", **SOFT}))
+
+
+def guided(*runs: RunScores) -> Comparison:
+    return compare(list(runs), resamples=500, project="p.yaml")
+
+
+def step(comparison: Comparison, begin: str) -> Step | None:
+    return next((s for s in comparison.guide.steps if s.what.startswith(begin)), None)
+
+
+def test_merging_comes_first_where_nothing_was_merged() -> None:
+    comparison = guided(*references())
+    first = comparison.guide.steps[0]
+    assert first.what.startswith("Merge neighbours")
+    assert not first.training
+    assert first.command.startswith("raymerge merge p.yaml --strategy top_k")
+    assert first.gain[0] == 0
+    assert 4 < first.gain[1] < 7  # what training per cluster has over unified
+    assert "cluster_trained has over unified" in first.sentence
+
+
+def test_without_the_reference_it_is_what_to_run() -> None:
+    comparison = guided(references()[2], soft(0.6))
+    assert comparison.guide.steps[0].command == "raymerge run p.yaml --recipe unified"
+
+
+def test_a_merge_that_loses_to_training_on_clusters_asks_for_training_on_neighbours() -> None:
+    best = row("top", 0.55, 5, made_by=recipe("top", "top_k", k=5))
+    comparison = guided(*references(cluster_trained=0.62), best, control(0.4))
+    found = step(comparison, "Train one adapter per persona on the rows of its experts in top")
+    difference = (
+        comparison.rows[comparison.row("cluster_trained")].similarity
+        - comparison.rows[comparison.row("top")].similarity
+    )
+    assert found.training
+    assert found.gain[0] < difference < found.gain[1]
+    assert found.seconds == pytest.approx(5 * 3600 + 35, rel=0.01)  # five times the rows of own adapters
+    assert "of: top" in found.what
+    free = [s for s in comparison.guide.steps if not s.training and not s.tells]
+    assert free
+    assert comparison.guide.steps.index(free[0]) < comparison.guide.steps.index(found)
+
+
+def test_a_merge_that_beats_training_on_clusters_does_not() -> None:
+    comparison = guided(*references(cluster_trained=0.55), soft(0.65), control(0.4))
+    assert step(comparison, "Train one adapter per persona") is None
+    assert step(guided(*references(cluster_trained=None), soft(0.65)), "Train one adapter per cluster").training
+
+
+def test_within_noise_more_test_data_is_asked_for() -> None:
+    comparison = guided(*references(), soft(0.503, noise=0.2), control(0.3))
+    difference = comparison.rows[comparison.row("soft")].difference
+    assert abs(difference.mean) < difference.smallest_detectable
+    found = step(comparison, "Write about") or step(comparison, "Test on about")
+    assert found.tells
+    assert found.command == "raymerge run p.yaml --recipe soft --recipe unified"
+    assert f"now {difference.smallest_detectable:.1f} is the least" in found.sentence
+    clear = guided(*references(), soft(0.65), control(0.3))
+    assert not any(s.what.startswith(("Write about", "Test on about")) for s in clear.guide.steps)
+
+
+def test_the_number_of_examples_asked_for_would_show_the_difference() -> None:
+    """The answer's noise is all there is: the data asked for has to bring the smallest difference down to the gap."""
+    comparison = guided(*references(), soft(0.53, noise=0.2), control(0.3))
+    difference = comparison.rows[comparison.row("soft")].difference
+    found = step(comparison, "Write about")
+    examples = int(re.findall(r"about (\d+) test examples", found.what)[0])
+    reach = difference.smallest_detectable * np.sqrt(6 / examples)
+    assert reach == pytest.approx(max(abs(difference.mean), difference.smallest_detectable / 5), rel=0.4)
+
+
+def test_personas_that_differ_need_more_personas() -> None:
+    generator = np.random.default_rng(0)
+    level = 0.5 + 0.2 * generator.choice([-1, 1], size=(80, 1)) + 0.01
+    differing = run("soft", recipe("soft", "soft", **SOFT), np.repeat(level, 6, axis=1), costs=MERGED)
+    unified = run("unified", recipe("unified", "unified"), np.full((80, 6), 0.5), costs=TRAINED["unified"])
+    assert step(compare([unified, differing], resamples=200), "Test on about") is not None
+
+
+def test_retrieval_that_helped_unified_is_asked_for_with_the_best_merge() -> None:
+    rag = row("rag_unified", 0.56, 6, made_by={**recipe("rag_unified", "unified"), "retrieval": RETRIEVAL})
+    comparison = guided(*references(), soft(0.6), control(0.4), rag)
+    found = step(comparison, "Put similar training examples into the prompts of soft")
+    assert 4 < found.gain[0] < 6 < found.gain[1] < 8
+    assert "as they brought unified" in found.sentence
+    assert "no training" in found.sentence
+    assert found.command == "raymerge run p.yaml --recipe rag_soft"
+    hurt = row("rag_unified", 0.42, 6, made_by={**recipe("rag_unified", "unified"), "retrieval": RETRIEVAL})
+    assert step(guided(*references(), soft(0.6), control(0.4), hurt), "Put similar") is None
+
+
+def test_retrieval_that_wins_asks_for_more_of_it_and_is_not_merging() -> None:
+    rag = soft(0.7, "rag_soft", seed=7, retrieval=RETRIEVAL)
+    comparison = guided(*references(), soft(0.6), control(0.4), rag)
+    assert comparison.verdict.row == "soft"
+    assert any("with training examples in the prompt too: rag_soft 69.6" in d for d in comparison.verdict.details)
+    found = step(comparison, "Put more training examples into the prompts of rag_soft")
+    assert "`retrieval: 6`" in found.what
+    assert comparison.guide.in_hand.startswith("Best in hand: rag_soft 69.6, +")
+
+
+def test_what_tuning_brought_elsewhere_is_what_it_may_bring() -> None:
+    tuned = soft(0.62, "soft_tuned", seed=8, scale="tuned", tuned={"chosen": {"factor": 1.4}, "tried": []})
+    best = row("top", 0.66, 10, made_by=recipe("top", "top_k", k=5))
+    comparison = guided(*references(), soft(0.58), tuned, best)
+    found = step(comparison, "Tune the scale of top")
+    assert "as it brought soft" in found.sentence
+    assert found.gain[0] < 4 < found.gain[1]
+    assert step(guided(*references(), soft(0.58), tuned), "Tune the scale") is None
+
+
+@pytest.mark.parametrize(("chosen", "asks"), [(2.0, "above 2"), (0.5, "below 0.5"), (1.0, None)])
+def test_a_scale_at_the_end_of_the_grid_asks_for_a_wider_one(chosen: float, asks: str | None) -> None:
+    tried = [{"factor": f, "similarity": 60 - 3 * abs(f - chosen)} for f in (0.5, 1.0, 2.0)]
+    best = soft(0.62, scale="tuned", tuned={"chosen": {"factor": chosen}, "tried": tried})
+    found = step(guided(*references(), best), "Let soft try scales")
+    assert (found is None) == (asks is None)
+    if asks is not None:
+        assert asks in found.what
+        assert found.gain[1] == pytest.approx(3 if chosen == 2.0 else 1.5)
+
+
+def test_a_choice_per_persona_is_asked_for_where_it_repeats() -> None:
+    even = np.arange(80)[:, None] % 2 == 0
+    made = {"unified": np.where(even, 0.7, 0.4), "own": np.where(even, 0.4, 0.7)}
+    noise = np.random.default_rng(0).normal(0, 0.03, size=(80, 6))
+    runs = [run(name, recipe(name, name), level + noise, costs=TRAINED[name]) for name, level in made.items()]
+    found = step(guided(*runs, soft(0.56)), "Choose among the adapters as trained")
+    assert 10 < found.gain[1] < 16
+    assert step(guided(*references(), soft(0.56)), "Choose among") is None
+
+
+def test_no_control_asks_for_one() -> None:
+    assert step(guided(*references(), soft(0.6)), "Ask random experts").command.endswith("--recipe random_soft")
+    assert step(guided(*references(), soft(0.6), control(0.4)), "Ask random experts") is None
+
+
+def test_bad_own_adapters_ask_to_start_from_unified_while_no_merge_gains() -> None:
+    found = step(guided(*references(own=0.2), soft(0.45), control(0.3)), "Train the personas' own adapters from")
+    assert "--start-from unified" in found.command
+    assert step(guided(*references(own=0.2), soft(0.6), control(0.3)), "Train the personas' own") is None
+
+
+def test_a_gain_asks_for_other_seeds_until_they_are_there() -> None:
+    comparison = guided(*references(), soft(0.6), control(0.4))
+    assert comparison.guide.steps[-1].command == "raymerge run p.yaml --seeds 3"
+    seeded = [soft(0.6, by_seed={1: 60.0}), *references()]
+    assert step(guided(*seeded, control(0.4)), "Train with 3 seeds") is None
+
+
+LEVELS = st.lists(st.floats(0.2, 0.8), min_size=5, max_size=5)
+
+
+@given(levels=LEVELS, kept=st.sets(st.integers(0, 6)), seed=st.integers(0, 3))
+def test_steps_are_few_ordered_and_name_a_command(levels: list[float], kept: set[int], seed: int) -> None:
+    rag = {**recipe("rag", "base"), "retrieval": RETRIEVAL}
+    made = [row(name, level, seed) for name, level in zip(("base", "unified", "own"), levels, strict=False)]
+    made += [soft(levels[3], seed=seed), soft(levels[4], "rag_soft", seed=seed + 1, retrieval=RETRIEVAL)]
+    made += [row("rag", levels[0], seed, made_by=rag), control(levels[1])]
+    runs = [r for i, r in enumerate(made) if i not in kept] or made
+    steps = compare(runs, resamples=60).guide.steps
+    assert len(steps) <= 5
+    later = [s.worth for s in steps if not s.first]
+    assert later == sorted(later, reverse=True)
+    assert [s.first for s in steps] == sorted((s.first for s in steps), reverse=True)
+    for s in steps:
+        assert "`raymerge " in s.sentence
+        assert "training" in s.sentence
+        assert s.gain is None or s.gain[1] >= 0
+        assert "nan" not in s.sentence

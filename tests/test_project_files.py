@@ -41,6 +41,24 @@ def test_the_readme_s_project_file_is_read(tmp_path):
     assert set(parse_recipes(project.recipes)) == {"unified", "own", "sparse_moe_k5", "random_k5"}
 
 
+def test_the_project_file_of_a_large_model_is_read_and_its_bytes_are_sums(tmp_path):
+    page = (ROOT / "docs/large-models.md").read_text()
+    block = re.search(r"\n\n((?:    .*\n)+)", page)
+    (tmp_path / "p.yaml").write_text(re.sub("^    ", "", block[1], flags=re.MULTILINE))
+    hardware = load_project(str(tmp_path / "p.yaml")).hardware
+    assert (hardware.gpus_per_model, hardware.dtype, hardware.quantization) == (1, "bfloat16", "none")
+    linear, embeddings = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 2 * 32000 * 4096
+    factors = 8 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+    sums = {
+        "float32": 4 * (linear + embeddings), "bfloat16 or float16": 2 * (linear + embeddings),
+        "8bit": linear + 2 * embeddings, "4bit": 0.516 * linear + 2 * embeddings,
+    }  # fmt: skip
+    stated = {name: float(re.search(rf"\| base, {name} \|.*\| ([\d.]+) GB", page)[1]) for name in sums}
+    assert stated == pytest.approx({name: bytes / 1e9 for name, bytes in sums.items()}, abs=0.06)
+    assert f"({factors / 1e6:.1f}e6 numbers" in page
+    assert f"| {18 * factors / 1e6:.0f} MB" in page
+
+
 def test_cluster_yaml_is_what_ray_takes_and_keeps_work_off_the_head(tmp_path, monkeypatch):
     pytest.importorskip("ray")
     from ray.autoscaler._private.util import prepare_config, validate_config

@@ -19,7 +19,10 @@ from raymerge.evaluation.wording import short
 CELLS = 600  # squares of the map; each stands for several personas where there are more
 ACROSS = 50  # squares in a line
 STRENGTHS = (1.0, 0.66, 0.46, 0.32)  # of the first, second.. row of a kind
-NAMES = {"unified": "unified", "cluster": "clusters", "persona": "own adapters", "neighbours": "rows of neighbours"}
+NAMES = {
+    "unified": "unified", "cluster": "clusters", "persona": "own adapters", "neighbours": "rows of neighbours",
+    "prefix": "prefixes",
+}  # fmt: skip
 _SQUARE = 0.126  # inches
 
 

@@ -16,7 +16,7 @@ from raymerge.pipelines.opening import Opened, base_location
 from raymerge.runtime.pool import WorkerKind, run_local, run_on_ray
 from raymerge.runtime.progress import Progress
 from raymerge.runtime.scheduler import Item, Outcome
-from raymerge.runtime.tasks import EmbedTask, SketchTask, TrainTask, TuneTask
+from raymerge.runtime.tasks import EmbedTask, PrefixTask, SketchTask, TrainTask, TuneTask
 from raymerge.runtime.training_progress import LiveTrainings
 from raymerge.runtime.workers import MergeWorker, ModelWorker
 
@@ -162,7 +162,7 @@ class Timings:
     def expect(self, items: Iterable[Item]) -> None:
         """Remember of items to come what their outcomes do not tell."""
         for item in items:
-            if isinstance(item.payload, TrainTask):
+            if isinstance(item.payload, TrainTask | PrefixTask):
                 self._adapters[item.id] = [group.name for group in item.payload.groups]
 
     def note(self, outcome: Outcome) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from raymerge.config import Grouping, Training
-from raymerge.errors import PersonaError
+from raymerge.config import GROUPINGS, Grouping, Training
+from raymerge.errors import PersonaError, RecipeError
 from raymerge.pipelines.opening import Opened
 from raymerge.pipelines.planning import TRAINS_ITS_OWN, trained_folder
 from raymerge.pipelines.trainings import portions, training_item, training_task
@@ -22,6 +22,8 @@ def check(opened: Opened) -> None:
     """Raise now if a recipe's own training cannot begin: no base, no examples."""
     for recipe in opened.recipes.values():
         if recipe.strategy in TRAINS_ITS_OWN:
+            if recipe.name in GROUPINGS:
+                raise RecipeError(f"recipe {recipe.name}: the name is taken by what is trained.\nGive it another.")
             opened.need_base(f"recipe {recipe.name}")
             personas = opened.need_personas(f"recipe {recipe.name}")
             if not opened.trainable:

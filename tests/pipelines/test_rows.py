@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from raymerge.adapters import read_adapter
-from raymerge.errors import PersonaError, ProjectError
+from raymerge.errors import PersonaError, ProjectError, RecipeError
 from raymerge.pipelines.evaluate import evaluate
 from raymerge.pipelines.merge import merge
 from raymerge.pipelines.run import run
@@ -157,6 +157,11 @@ def test_epochs_are_tried_and_the_best_on_validation_examples_is_trained(project
         best = max(tried, key=lambda n: (tried[n], -int(n)))
         assert manifest["epochs_chosen"]["chosen"] == int(best)
         assert manifest["training"]["epochs"] == int(best)
+
+
+def test_what_trains_its_own_needs_a_name_of_its_own(project):
+    with pytest.raises(RecipeError, match="the name is taken by what is trained"):
+        run(change(project, recipes={"persona": {"strategy": "prefix"}}), local=True)
 
 
 def test_retrieval_changes_the_prompt_of_a_row_alone(project):

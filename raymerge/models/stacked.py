@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raymerge import storage
 from raymerge.adapters.adapter import LoraModule
 from raymerge.models.dropout import Dropout
 from raymerge.models.layers import Forward, compute_dtype, frozen_weight, is_quantised, shape_of, wrap
+from raymerge.models.products import frozen_layer, frozen_product
 
 # Floats between the beginnings of two factors in a row: 64 bytes, so that vector instructions meet whole lines.
 _ALIGN = 16
@@ -130,6 +130,11 @@ class FactorStack:
             self.modules[path] = StackedModule(
                 path, rows[kinds[path]], offsets[path], rank, inner, outer, scaling, weight, bias
             )
+        head = model.get_output_embeddings()
+        plain = (
+            isinstance(head, nn.Linear) and not is_quantised(head) and all(head is not one for one in layers.values())
+        )
+        self.head = head if plain else None
         self.slots = slots
         self.part = Part()
         self.anchor = torch.zeros((), requires_grad=True)  # what makes autograd ask a layer for its backward pass
@@ -190,12 +195,15 @@ class FactorStack:
                     base = original(x)
                     delta: Tensor = _Delta.apply(x, self.anchor, module, self.part)  # type: ignore[no-untyped-call]
                     return base + delta.to(base.dtype)
+                x = x.to(module.weight.device)  # the layer's own way to move it is bypassed
                 out: Tensor = _AdaptedLinear.apply(x, self.anchor, module, self.part)  # type: ignore[no-untyped-call]
                 return out
 
             return adapt
 
         restores = [wrap(layers[path], adapting(module)) for path, module in self.modules.items()]
+        if self.head is not None:
+            restores.append(wrap(self.head, frozen_layer(frozen_weight(self.head), self.head.bias)))
         try:
             yield
         finally:
@@ -209,7 +217,7 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, _anchor: Tensor, module: StackedModule, part: Part) -> Tensor:
         assert module.weight is not None
-        out = nn.functional.linear(x, module.weight, module.bias)
+        out = frozen_product(x, module.weight, module.bias)
         _add_delta(ctx, out, x, module, part)
         return out
 
@@ -218,7 +226,7 @@ class _AdaptedLinear(torch.autograd.Function):
         gradient = gradients[0].contiguous()
         module: StackedModule = ctx.module
         assert module.weight is not None
-        to_x = gradient @ module.weight if ctx.needs_input_grad[0] else None
+        to_x = frozen_product(gradient, module.weight.T) if ctx.needs_input_grad[0] else None
         _collect(ctx, gradient, to_x)
         return to_x, None, None, None
 
@@ -289,11 +297,3 @@ def _device_of(layer: Any) -> torch.device:
 
 def _aligned(count: int) -> int:
     return math.ceil(count / _ALIGN) * _ALIGN
-
-
-def first_factors(name: str, seed: int, module: str, rank: int, inner: int) -> Tensor:
-    """An adapter's initial A: float32 (rank, inner), uniform as PEFT's, drawn by (seed, name, module) alone."""
-    bound = 1 / math.sqrt(inner)
-    digest = storage.digest_value([seed, name, module]).removeprefix("sha256:")
-    generator = torch.Generator().manual_seed(int(digest[:15], 16))
-    return (torch.rand(rank, inner, generator=generator) * 2 - 1) * bound

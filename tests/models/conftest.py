@@ -60,3 +60,9 @@ def varied(base: BaseModel, make_adapter: Callable[..., LoraAdapter]) -> list[Lo
         make_adapter(base, 2, rank=7, scaling=1.3, skip="q_proj"),
         make_adapter(base, 3, rank=1, scaling=3.0),
     ]
+
+
+@pytest.fixture(scope="session")
+def fixed_base(tiny_llama: Path) -> BaseModel:
+    """One base for the many examples of a law; nobody may change it."""
+    return load_base(str(tiny_llama))

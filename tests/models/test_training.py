@@ -16,33 +16,9 @@ from raymerge.models.answers import encode_rows, pad_right
 from raymerge.models.base import BaseModel
 from raymerge.models.generation import score_references
 from raymerge.models.multilora import MultiLora
-from raymerge.models.stacked import first_factors
 from raymerge.models.training import TrainingGroup, TrainingSettings, batch_order, learning_rate, train
-
-SETTINGS = TrainingSettings(rank=3, alpha=6.0, epochs=3, learning_rate=5e-3, batch_size=4, clip=0.5)
-
-
-def group(name: str, rows: int, shift: int = 0) -> TrainingGroup:
-    """Rows of different lengths, different for each shift."""
-    texts = []
-    for i in range(rows):
-        words = [f"w{(shift * 7 + i * 5 + j * 3) % 56}" for j in range(4 + (i * 5 + shift) % 9)]
-        cut = 1 + (i + shift) % 3
-        texts.append((" ".join(words[:cut]), " ".join(words[cut:])))
-    return TrainingGroup(name, tuple(texts))
-
-
-def relative(found: LoraAdapter, wanted: LoraAdapter) -> float:
-    """Relative difference over all modules, of A or of B, whichever is larger."""
-    assert found.modules.keys() == wanted.modules.keys()
-    return max(
-        float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b))
-        for a, b in ((flat(found, factor), flat(wanted, factor)) for factor in ("A", "B"))
-    )
-
-
-def flat(adapter: LoraAdapter, factor: str) -> Tensor:
-    return torch.cat([getattr(module, factor).flatten() for module in adapter.modules.values()]).double()
+from raymerge.models.training.beginning import first_factors
+from tests.models.training_groups import SETTINGS, group, relative
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -240,15 +216,6 @@ def test_a_bfloat16_base_trains_float32_factors(base: BaseModel) -> None:
     for rounded, result in zip(train(half, groups, replace(SETTINGS, epochs=10)), exact, strict=True):
         assert rounded.adapter.dtype == torch.float32
         assert rounded.losses[-1] == pytest.approx(result.losses[-1], rel=0.05)
-
-
-def test_impossible_trainings_are_refused_and_the_model_is_left_as_it_was(base: BaseModel) -> None:
-    with pytest.raises(ModelError, match="p0: has no training examples"):
-        train(base, [TrainingGroup("p0", ())], SETTINGS)
-    with pytest.raises(ModelError, match=r"training\.rank is 0"):
-        train(base, [group("p0", 4)], replace(SETTINGS, rank=0))
-    with pytest.raises(ModelError, match=r"training\.warmup is 2"):
-        train(base, [group("p0", 4)], replace(SETTINGS, warmup=2))
 
 
 @given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 4))

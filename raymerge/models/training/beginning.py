@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -13,7 +14,7 @@ from raymerge.adapters.tensors import encode_tensors
 from raymerge.errors import ModelError
 from raymerge.models.base import BaseModel
 from raymerge.models.layers import linear_modules, shape_of
-from raymerge.models.stacked import FactorStack, first_factors
+from raymerge.models.stacked import FactorStack
 from raymerge.models.training.settings import TrainingSettings
 
 
@@ -56,6 +57,14 @@ def digest_start(start: LoraAdapter) -> str:
     tensors = {f"{path}.{name}": t for path, m in start.modules.items() for name, t in (("A", m.A), ("B", m.B))}
     scalings = {path: m.scaling for path, m in start.headers.items()}
     return storage.digest_value([start.name, scalings, storage.digest_bytes(encode_tensors(tensors, {}))])
+
+
+def first_factors(name: str, seed: int, module: str, rank: int, inner: int) -> Tensor:
+    """An adapter's initial A: float32 (rank, inner), uniform as PEFT's, drawn by (seed, name, module) alone."""
+    bound = 1 / math.sqrt(inner)
+    digest = storage.digest_value([seed, name, module]).removeprefix("sha256:")
+    generator = torch.Generator().manual_seed(int(digest[:15], 16))
+    return (torch.rand(rank, inner, generator=generator) * 2 - 1) * bound
 
 
 class Beginnings:

@@ -51,7 +51,7 @@ def fitting(
             said(f"memory ran out at {rows} rows of an adapter at once: {rows // 2} from now on, accumulated")
         elif slots > 1:
             limits = Limits(limits.rows, slots // 2)
-            said(f"memory ran out at one row of {slots} adapters at once: {slots // 2} adapters from now on, in turn")
+            said(f"memory ran out at one row of {slots} adapters at once: {slots // 2} from now on, in turn")
         else:
             raise ModelError(
                 f"memory runs out at one row of one adapter.\n{reason}\n"

@@ -23,7 +23,7 @@ Ints = NDArray[np.int64]
 _PASS = {"cpu": 128, "cuda": 2048}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Encoded:
     """One adapter's rows, sorted by length.
 
@@ -43,7 +43,7 @@ class Encoded:
         return self.lengths - self.prompts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Taken:
     """What one adapter takes of its rows: `ranks`, int64 (n,), ascending."""
 
@@ -64,7 +64,7 @@ class Limits:
     slots: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Portion:
     """Rows that go through the model at once: of each slot equally many, slot after slot.
 
@@ -140,7 +140,7 @@ def plan(taken: Mapping[int, Taken], limits: Limits, kind: str) -> list[list[tup
     would be padding that a second is cheaper.
     """
     pieces: list[list[tuple[int, Ints]]] = []
-    for slot, own in taken.items():
+    for slot, own in sorted(taken.items(), key=lambda item: item[0]):
         count = math.ceil(len(own.ranks) / (limits.rows or len(own.ranks)))
         for number, places in enumerate(np.array_split(np.arange(len(own.ranks)), count)):
             if number == len(pieces):

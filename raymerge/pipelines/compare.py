@@ -93,8 +93,9 @@ def _evaluated(project: Project, name: str) -> bool:
     return read_manifest(storage.join(project.run_folder(name), "evaluation")) is not None
 
 
-def read_scores(project: Project, name: str, artefacts: Artefacts) -> RunScores:
-    """A run as the comparison takes it. artefacts: what was read of adapters before."""
+def read_scores(project: Project, name: str, artefacts: Artefacts | None = None) -> RunScores:
+    """A run as the comparison takes it. artefacts: of adapters that were read before, to which more are added."""
+    artefacts = Artefacts() if artefacts is None else artefacts
     folder = project.run_folder(name)
     evaluation = storage.join(folder, "evaluation")
     summary = storage.read_json(storage.join(evaluation, "summary.json"))

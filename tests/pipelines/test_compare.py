@@ -109,7 +109,7 @@ def project(tmp_path: Path) -> Project:
 
 
 def test_costs_are_those_of_all_a_run_is_made_of(project: Project) -> None:
-    costs = {name: read_scores(project, name, Artefacts()).costs for name in ("own", "base", "unified", "hybrid")}
+    costs = {name: read_scores(project, name).costs for name in ("own", "base", "unified", "hybrid")}
     assert {name: c.steps for name, c in costs.items()} == {"own": 60, "base": 0, "unified": 100, "hybrid": 160}
     assert {name: c.adapters for name, c in costs.items()} == {"own": 3, "base": 0, "unified": 1, "hybrid": 3}
     assert {name: c.bytes for name, c in costs.items()} == {"own": 3000, "base": 0, "unified": 1000, "hybrid": 3000}
@@ -120,12 +120,12 @@ def test_costs_are_those_of_all_a_run_is_made_of(project: Project) -> None:
     assert costs["base"].epochs is None
     assert (costs["hybrid"].merge_s, costs["hybrid"].evaluate_s) == (6, 6)
     assert costs["own"].evaluate_s is None  # its times are not noted
-    assert read_scores(project, "hybrid", Artefacts()).compression_error == 0.25
+    assert read_scores(project, "hybrid").compression_error == 0.25
 
 
 def test_an_adapter_from_elsewhere_leaves_the_whole_unknown(project: Project) -> None:
     (Path(project.adapter_location("p1")) / "manifest.json").unlink()
-    costs = read_scores(project, "own", Artefacts()).costs
+    costs = read_scores(project, "own").costs
     assert (costs.steps, costs.train_s, costs.bytes, costs.adapters) == (None, None, None, 3)
     assert costs.epochs == "8"
 
@@ -140,7 +140,7 @@ def test_adapters_that_a_run_trained_for_itself_are_its_steps_not_their_experts(
     shared = root / "runs" / "_shared" / "timings.jsonl"
     more = {"item": "train/neighbours/0000", "seconds": 300, "adapters": list(PERSONAS)}
     shared.write_text(shared.read_text() + json.dumps(more) + "\n")
-    costs = read_scores(project, "neighbours", Artefacts()).costs
+    costs = read_scores(project, "neighbours").costs
     assert (costs.steps, costs.train_s, costs.merge_s, costs.epochs) == (21, 300, 0, "5")
 
 
@@ -153,11 +153,11 @@ def test_what_was_tuned_and_other_seeds_are_read(project: Project) -> None:
             root / "_seeds" / str(seed) / "hybrid" / "evaluation" / "summary.json", {"mean": {"similarity": similarity}}
         )
     write(root / "_seeds" / "3" / "hybrid" / "evaluation" / "summary.json", {"mean": {"similarity": None}})
-    scores = read_scores(project, "hybrid", Artefacts())
+    scores = read_scores(project, "hybrid")
     assert scores.tuned == tuned
     assert scores.by_seed == {1: pytest.approx(61), 2: pytest.approx(64)}
-    assert read_scores(project, "own", Artefacts()).by_seed == {}
-    assert read_scores(project, "own", Artefacts()).tuned is None
+    assert read_scores(project, "own").by_seed == {}
+    assert read_scores(project, "own").tuned is None
 
 
 def test_curves_are_of_every_training_that_was_read_once(project: Project) -> None:

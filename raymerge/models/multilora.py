@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from raymerge.adapters.adapter import LoraAdapter, ModuleHeader
 from raymerge.errors import ModelError
 from raymerge.models.dealing import Layout, plan_layout
-from raymerge.models.layers import Forward, compute_dtype, linear_modules, shape_of, wrap
+from raymerge.models.layers import Forward, compute_dtype, frozen_weight, is_quantised, linear_modules, shape_of, wrap
+from raymerge.models.products import frozen_product
 
 # Copies of factors that a batch of mixtures may make beyond twice what is loaded, in bytes.
 _MIXTURE_COPIES = 256 * 2**20
@@ -76,7 +77,7 @@ class MultiLora:
             self._factors[name] = _stacked(
                 adapters, name, having, linear[name], compute_dtype(self.model, linear[name])
             )
-            self._restores.append(wrap(linear[name], self._adapter_of(name)))
+            self._restores.append(wrap(linear[name], self._adapter_of(name, linear[name])))
 
     def detach(self) -> None:
         """Put the model back as it was and forget the adapters."""
@@ -150,14 +151,18 @@ class MultiLora:
         finally:
             self._active = {}
 
-    def _adapter_of(self, name: str) -> Callable[[Forward, Tensor], Tensor]:
+    def _adapter_of(self, name: str, layer: Any) -> Callable[[Forward, Tensor], Tensor]:
+        weight = None if is_quantised(layer) else frozen_weight(layer)
+
         def adapt(original: Forward, x: Tensor) -> Tensor:
-            out = original(x)
             add = self._active.get(name)
-            if add is not None:
-                if torch.is_grad_enabled():
-                    out = out.clone()  # autograd may need what the layer computed
-                add(out, x)
+            if add is None:
+                return original(x)
+            if weight is not None and not torch.is_grad_enabled():
+                out = frozen_product(x, weight, layer.bias)
+            else:
+                out = original(x).clone()  # autograd may need what the layer computed
+            add(out, x)
             return out
 
         return adapt

@@ -25,7 +25,7 @@ from raymerge.models.training import TrainingGroup, TrainingSettings, batch_orde
 PROMPTS = ["w1 w2 w3 ?", "w9", "w30 w31 w32 w33 w34 w35 w36", "user w5 w6", "w7 w7", "assistant w11 w12 w13", ""]
 REFERENCES = ["w4 w5 w6", "w40", "w1 w2 w3 w4 w5 w6 w7", "w9 w9", "w50 ?", "w2", "w3 w4"]
 INDEX = [0, 1, -1, 3, 2, 0, 1]
-SETTINGS = TrainingSettings(epochs=3, learning_rate=5e-2, batch_size=4, clip=0.5, weight_decay=0.01)
+SETTINGS = TrainingSettings(epochs=3, learning_rate=5e-2, batch_size=4, clip=0.02, weight_decay=0.01)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from raymerge.adapters import LoraAdapter, load_adapter, save_adapter
 from raymerge.errors import EvaluationError
 from raymerge.manifest import read_manifest
 from raymerge.runtime import answering, sources
@@ -110,6 +111,8 @@ def test_scales_share_a_merge_and_equal_questions_an_answer(
 def test_who_fails_once_is_left_out_everywhere_and_named(
     worker: ModelWorker, experts: dict[str, str], evaluate_task: EvaluateTask, tmp_path: Path
 ) -> None:
+    narrow = LoraAdapter("n", {p: replace(m, A=m.A[:, :5]) for p, m in load_adapter(experts["ada"]).modules.items()})
+    save_adapter(narrow, str(tmp_path / "narrow"))
     whole = tuple(source(name, "adapter", place) for name, place in experts.items())
     torn = tuple(replace(one, location="/nowhere") if one.persona == "bob" else one for one in whole)
     task = tune_task(evaluate_task, (Candidate("a", whole), Candidate("b", torn)), tmp_path / "tuning")
@@ -122,6 +125,11 @@ def test_who_fails_once_is_left_out_everywhere_and_named(
     assert {persona for rows in found.values() for persona, _, _ in rows} == {"ada", "cyd"}
     assert [len(rows) for rows in found.values()] == [4, 4]
     assert worker.tune(task) == {"skipped": True, "failed": result["failed"]}
+    other_base = (replace(whole[0], location=str(tmp_path / "narrow")), *whole[1:])
+    result = worker.tune(replace(task, candidates=(Candidate("a", whole), Candidate("b", other_base))))
+    assert "the model's is" in result["failed"]["ada"]
+    found = similarities(task.folder)
+    assert {persona for rows in found.values() for persona, _, _ in rows} == {"bob", "cyd"}
 
 
 def test_what_decides_the_answers_decides_whether_they_are_there(

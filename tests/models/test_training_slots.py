@@ -59,9 +59,9 @@ def tokens_of(base: BaseModel, one: TrainingGroup) -> int:
 def test_the_plan_alone_says_how_many_are_together() -> None:
     rows = [encoded(np.full(size, 20)) for size in (60, 60, 60)]
     assert _slots(rows, replace(SETTINGS, batch_size=4), "cpu") == 3
-    many = rows * 40  # 51 fit into 4096 tokens: three turns of 40
-    assert _slots(many, replace(SETTINGS, batch_size=4), "cpu") == 40
-    assert _slots(many, replace(SETTINGS, batch_size=4, micro_batch=2), "cpu") == 60
+    many = rows * 40  # 25 steps of 80 tokens fit into 2048: five turns of 24
+    assert _slots(many, replace(SETTINGS, batch_size=4), "cpu") == 24
+    assert _slots(many, replace(SETTINGS, batch_size=4, micro_batch=2), "cpu") == 40
     assert _slots(many, replace(SETTINGS, together=7), "cpu") == 7
 
 

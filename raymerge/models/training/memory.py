@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -43,6 +44,7 @@ def fitting(
                 raise
             reason = str(error).splitlines()[0] if str(error) else "out of memory"
         # out of the handler, since an exception's traceback holds the tensors of the pass that failed
+        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         rows, slots = (number or 1 for number in (tried(limits).rows, tried(limits).slots))

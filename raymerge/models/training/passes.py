@@ -10,10 +10,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from raymerge.models.adapted import Part, attached
 from raymerge.models.answers import AnswerHead
 from raymerge.models.base import BaseModel
 from raymerge.models.dropout import Dropout, row_keys
-from raymerge.models.stacked import FactorStack, Part
+from raymerge.models.stacked import FactorStack
 from raymerge.models.training.memory import fitting, recomputing
 from raymerge.models.training.rows import Limits, Portion, Taken, plan, portion
 from raymerge.models.training.settings import TrainingSettings
@@ -35,6 +36,7 @@ class Passes:
     ) -> None:
         self.limits = limits
         self._base, self._layers, self._stack, self._settings, self._said = base, layers, stack, settings, said
+        self._part = Part()
         head = base.model.get_output_embeddings()
         self._head = AnswerHead(base, adapted=any(layer is head for layer in layers.values()))
 
@@ -42,7 +44,7 @@ class Passes:
     def ready(self) -> Iterator[None]:
         """The context in which the model runs with the adapters."""
         again = recomputing(self._base.model) if self._settings.gradient_checkpointing else nullcontext()
-        with self._stack.attached(self._layers), again:
+        with attached(self._base.model, self._layers, self._stack, lambda: self._part), again:
             yield
 
     def losses(self, taken: Mapping[int, Taken], steps: Mapping[int, tuple[str, int]]) -> tuple[list[float], int]:
@@ -114,7 +116,7 @@ class Passes:
         """Cross entropy summed over each adapter's answer tokens: (adapters,)."""
         device = self._base.device
         whole = part.slots == tuple(range(self._stack.slots))
-        self._stack.part = Part(None if whole else part.slots, dropout)
+        self._part = Part(None if whole else part.slots, dropout)
         places = part.places.to(device)
         logits = self._head.logits(part.ids.to(device), places)
         nats = nn.functional.cross_entropy(logits, part.targets.to(device), reduction="none")

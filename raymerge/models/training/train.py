@@ -36,8 +36,8 @@ from raymerge.models.training.settings import (
     steps_of,
 )
 
-# Tokens of one step: enough to keep the products large, few enough to stay in the caches of a CPU.
-_TOKENS = {"cpu": 4096, "cuda": 32768}
+# Tokens of one step, without padding: enough to keep the products large, few enough to stay in the caches of a CPU.
+_TOKENS = {"cpu": 2048, "cuda": 32768}
 
 
 def train(

@@ -116,7 +116,8 @@ def _plan(opened: Opened) -> Section:
 
 
 def _base(opened: Opened) -> tuple[BaseModel | None, list[Section]]:
-    """The base without weights, or why it cannot be described."""
+    """The base without weights; or why it cannot be described, or trained as the project says."""
+    from raymerge.models.training.beginning import targets
     from raymerge.pipelines.checking.base import describe_base
 
     name = opened.project.base_model
@@ -124,7 +125,9 @@ def _base(opened: Opened) -> tuple[BaseModel | None, list[Section]]:
         text = "the project names none: prompts, likelihoods and costs cannot be checked"
         return None, [Section("base", (Finding("warn", text, "set base_model to train and to score"),))]
     try:
-        return describe_base(opened.need_base("check"), name), []
+        base = describe_base(opened.need_base("check"), name)
+        targets(base, opened.project.training.target_modules)
+        return base, []
     except RaymergeError as error:
         first, _, rest = str(error).partition("\n")
         return None, [Section("base", (Finding("bad", first, " ".join(rest.split())[:200] or None),))]
@@ -180,9 +183,9 @@ def _ask(opened: Opened, base: BaseModel, local: bool) -> tuple[Section, Speeds 
     found, error = ask_model(opened, opened.need_personas("check"), local=local)
     if found is None:
         return check_model(found, error), None
-    layers = operations.layers_of(base)
     settings = opened.project.training.of("persona")
-    adapted = operations.factors(operations.targeted(layers, settings.target_modules), settings.rank)
+    layers = operations.layers_of(base, settings.target_modules)
+    adapted = operations.factors(layers.targets, settings.rank)
     return check_model(found, error), speeds_of(found["speed"], layers, adapted)
 
 
@@ -199,9 +202,8 @@ def _estimate(
     from raymerge.pipelines.checking.estimate import Estimate, assumed_speeds
     from raymerge.pipelines.checking.work import Known, steps_of_run
 
-    known = Known(
-        opened, opened.need_personas("check"), operations.layers_of(base), prompts.lengths, clusters, bank
-    )  # fmt: skip
+    layers = operations.layers_of(base, opened.project.training.target_modules)
+    known = Known(opened, opened.need_personas("check"), layers, prompts.lengths, clusters, bank)
     hardware = opened.project.hardware
     given = hardware.gpus_per_model
     device: Literal["cpu", "gpu"] = "gpu" if given != "auto" and given > 0 else "cpu"

@@ -88,9 +88,8 @@ def _read(task: CheckTask, worker: Any, base: BaseModel) -> tuple[dict[str, Any]
 
 
 def _evenly(examples: Sequence[Example], most: int) -> list[Example]:
-    with_answer = [e for e in examples if e.response.strip()]
-    places = np.unique(np.linspace(0, len(with_answer) - 1, min(most, len(with_answer))).round().astype(int))
-    return [with_answer[i] for i in places]
+    places = np.unique(np.linspace(0, len(examples) - 1, min(most, len(examples))).round().astype(int))
+    return [examples[i] for i in places]
 
 
 def _score(
@@ -174,7 +173,7 @@ def _settings(task: CheckTask) -> GenerationSettings:
 
 def _speed(base: BaseModel, personas: Personas, task: CheckTask) -> dict[str, Any]:
     """Seconds of a few real steps of training and of a batch of answers, with the lengths of what was computed."""
-    examples = [e for name in task.names for e in _evenly(personas.examples(name, "train"), 10**6)]
+    examples = [e for name in task.names for e in personas.examples(name, "train")]
     if not examples:
         raise PersonaError("nobody has training examples, so nothing can be timed.")
     rows = [(render_prompt(e.asked, task.generation["prompt_format"], base.tokenizer), e.response) for e in examples]

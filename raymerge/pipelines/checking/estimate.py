@@ -27,7 +27,8 @@ Source = Literal["measured", "calibrated", "assumed"]
 class Step:
     """One step of a run. items: what is dealt to the workers; largest: the share of the largest in the work. there: how
     many results of the step are there already. operations, nbytes: of what is to do; nbytes is at most that much where
-    `bound`. fixed_s: seconds that no operation explains. measured_s: of all its items, by earlier ones like them.
+    `bound`. encoding: operations of a sentence encoder, besides. fixed_s: seconds that no operation explains.
+    measured_s: of all its items, by earlier ones like them.
     """
 
     name: str
@@ -39,21 +40,25 @@ class Step:
     nbytes: int
     largest: float = 0.0
     bound: bool = False
+    encoding: float = 0.0
     fixed_s: float = 0.0
     measured_s: float | None = None
 
-    def seconds(self, speed: float) -> float:
-        """Of one worker with so many operations per second."""
-        return self.measured_s if self.measured_s is not None else self.operations / speed + self.fixed_s
+    def seconds(self, speed: float, encoder: float) -> float:
+        """Of one worker with so many operations per second, of the model and of the encoder."""
+        if self.measured_s is not None:
+            return self.measured_s
+        return self.operations / speed + self.encoding / encoder + self.fixed_s
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """Operations per second of one model worker, in training and in answering, and of a merge worker; and where the
-    first two come from."""
+    """Operations per second of one model worker in training, in answering and with the encoder, and of a merge worker;
+    and where the first two come from."""
 
     train: float
     answer: float
+    encode: float
     merge: float = CPU_THREAD
     source: Source = "assumed"
 
@@ -77,7 +82,7 @@ class Estimate:
 
     def alone(self, step: Step) -> float:
         """Seconds of a step on one worker."""
-        return step.seconds(self.speeds.of(step))
+        return step.seconds(self.speeds.of(step), self.speeds.encode)
 
     def elapsed(self, step: Step) -> float:
         """Seconds of a step on all its workers: no less than its largest item takes."""
@@ -104,7 +109,7 @@ class Estimate:
                     "makes": step.makes,
                     "items": step.items,
                     "there": step.there,
-                    "operations": step.operations,
+                    "operations": step.operations + step.encoding,
                     "bytes": step.nbytes,
                     "bytes_at_most": step.bound,
                     "worker": step.worker,
@@ -125,7 +130,7 @@ class Estimate:
 def assumed_speeds(device: Literal["cpu", "gpu"], threads: int) -> Speeds:
     """Speeds where nothing was measured."""
     speed = GPU if device == "gpu" else CPU_THREAD * threads
-    return Speeds(speed, speed)
+    return Speeds(speed, speed, speed)
 
 
 def measured_training(timings: Mapping[str, Timing], work: Mapping[str, float], to_do: float) -> float | None:

@@ -147,7 +147,7 @@ def _counts(key: Codes, among: Codes, asked: Codes) -> Codes:
 
 
 def _common(rows: _Rows) -> NDArray[np.bool_]:
-    """For each prompt, whether many personas are asked it and differ in their answers: equal ones then are agreement."""
+    """For each prompt, whether many personas are asked it and differ in their answers: equal ones are agreement."""
     count = int(rows.prompt.max(initial=0)) + 1
     people = np.unique(np.stack([rows.prompt, rows.persona]), axis=1)[0]
     answers = np.unique(np.stack([rows.prompt, rows.answer]), axis=1)[0]

@@ -10,7 +10,7 @@ import numpy as np
 from raymerge.evaluation.wording import cut, short
 from raymerge.personas import Personas
 from raymerge.pipelines.checking import operations
-from raymerge.pipelines.checking.estimate import CPU_THREAD, Speeds
+from raymerge.pipelines.checking.estimate import CPU_THREAD, GPU, Speeds
 from raymerge.pipelines.checking.finding import Finding, Section, counted, listed
 from raymerge.pipelines.checking.operations import Layers, padded, rows_of
 from raymerge.pipelines.job import carry_out
@@ -97,9 +97,10 @@ def _forms(forms: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
     if _mean(best["own"]) < (1 - _CLEARLY) * _mean(given["own"]) and more > gain and agree >= _MOST:
         text = (
             f"own adapters do better on prompts in the form {best['form']!r}: {_mean(best['own']):.2f} nats a token, "
-            f"{_mean(given['own']):.2f} in the project's {given['form']!r}: they were trained with another form"
+            f"{_mean(given['own']):.2f} in the project's {given['form']!r}: that is not how they were trained"
         )
-        yield Finding("bad", text, f"try generation.prompt_format: {best['form']!r}")
+        todo = f"set generation.prompt_format as in their training; of those tried {best['form']!r} is nearest"
+        yield Finding("bad", text, todo)
 
 
 def _mean(losses: Mapping[str, float], names: Sequence[str] | None = None) -> float:
@@ -140,4 +141,5 @@ def speeds_of(speed: Mapping[str, Any], layers: Layers, adapted: int) -> Speeds:
     lengths = np.array(answer["prompts"], np.int64)
     widest = padded(lengths, np.zeros_like(lengths), len(lengths), together=True)
     answered = operations.answering_operations(layers, 0, widest, np.full_like(lengths, answer["new"]))
-    return Speeds(trained / train["seconds"], answered / answer["seconds"], CPU_THREAD, "calibrated")
+    encoder = GPU if speed["device"] == "cuda" else CPU_THREAD
+    return Speeds(trained / train["seconds"], answered / answer["seconds"], encoder, source="calibrated")

@@ -8,7 +8,7 @@ ten backward, since it is computed anew there (FlashAttention, arXiv:2205.14135)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from raymerge.models.base import BaseModel
 from raymerge.models.layers import linear_modules, shape_of
+from raymerge.models.training.beginning import targets
 
 ENCODER_WEIGHTS = 10.6e6  # of all-MiniLM-L6-v2 without its embedding, which scores and embeds unless another is named
 _HEADER, _CONFIG, _MANIFEST = 240, 1_400, 1_300  # bytes of a module's entry in the file, and of the two files beside it
@@ -29,10 +30,12 @@ Weights = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Layers:
-    """The parts of a base model that cost. linear: shapes (out, in) by path, the output head left out. head: weights of
-    the output head. width: of attention, all heads together, summed over the layers that have it."""
+    """The parts of a base model that cost. linear: shapes (out, in) by path, the output head left out. targets: of
+    those that get factors. head: weights of the output head. width: of attention, all heads together, summed over the
+    layers that have it."""
 
     linear: Mapping[str, tuple[int, int]]
+    targets: Mapping[str, tuple[int, int]]
     head: int
     width: int
 
@@ -42,8 +45,8 @@ class Layers:
         return sum(out * into for out, into in self.linear.values())
 
 
-def layers_of(base: BaseModel) -> Layers:
-    """The costs of a base; its weights need not be there."""
+def layers_of(base: BaseModel, target_modules: str | tuple[str, ...] = "all-linear") -> Layers:
+    """The costs of a base, whose weights need not be there. Raises ModelError if it lacks a target module."""
     head: Any = base.model.get_output_embeddings()
     linear = {path: shape_of(module) for path, module in linear_modules(base.model).items() if module is not head}
     config = base.model.config.get_text_config()
@@ -51,15 +54,8 @@ def layers_of(base: BaseModel) -> Layers:
     size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
     count = int(getattr(config, "num_hidden_layers", 0) or 0)
     weights = 0 if head is None else int(head.weight.numel())
-    return Layers(linear, weights, count * heads * int(size))
-
-
-def targeted(layers: Layers, wanted: str | Sequence[str]) -> dict[str, tuple[int, int]]:
-    """The layers that get factors: all, or those whose path is or ends in one of the names. May be none."""
-    if wanted == "all-linear":
-        return dict(layers.linear)
-    ends = tuple(f".{name}" for name in ([wanted] if isinstance(wanted, str) else wanted))
-    return {path: shape for path, shape in layers.linear.items() if f".{path}".endswith(ends)}
+    adapted = {path: shape_of(module) for path, module in targets(base, target_modules).items()}
+    return Layers(linear, adapted, weights, count * heads * int(size))
 
 
 def factors(shapes: Mapping[str, tuple[int, int]], rank: int) -> int:

@@ -80,16 +80,14 @@ class _Looked:
 
 def check_prompts(opened: Opened, personas: Personas, base: BaseModel) -> Prompts:
     """Render and tokenise the examples. Raises ProjectError for `chat` where the tokenizer has no template."""
-    empty = [e for name in personas.names for e in personas.examples(name) if not e.response.strip()]
     looked = _look(opened, personas, base)
     findings = [_overview(looked, base)]
-    findings += [*_empty(empty), *_doubled(looked, base), *_too_long(opened, looked, base)]
+    findings += [*_doubled(looked, base), *_too_long(opened, looked, base)]
     shown = tuple(_rendered(opened, base, which, looked.examples[row]) for which, row in _three(looked).items())
     facts = {
         "prompt_format": opened.project.generation.prompt_format,
         "context": base.max_length,
         "rows_looked_at": len(looked.examples),
-        "empty_answers": len(empty),
         "doubled_opening": len(looked.doubled),
         "longest": int((looked.lengths.prompt + looked.lengths.answer).max(initial=0)),
         "examples": [example.to_json() for example in shown],
@@ -98,7 +96,7 @@ def check_prompts(opened: Opened, personas: Personas, base: BaseModel) -> Prompt
 
 
 def _look(opened: Opened, personas: Personas, base: BaseModel) -> _Looked:
-    everybody = [e for name in personas.names for e in personas.examples(name) if e.response.strip()]
+    everybody = [e for name in personas.names for e in personas.examples(name)]
     chosen, weight = _chosen([len(e.prompt.encode()) + len(e.response.encode()) for e in everybody])
     examples = [everybody[i] for i in chosen]
     prompt, answer, doubled = [], [], []
@@ -138,8 +136,6 @@ def _three(looked: _Looked) -> dict[str, int]:
     """The first training row, the one of median length and the longest, by their places."""
     rows = np.flatnonzero(looked.lengths.split == 0)
     rows = rows if len(rows) else np.arange(len(looked.examples))
-    if not len(rows):
-        return {}
     order = rows[np.argsort((looked.lengths.prompt + looked.lengths.answer)[rows], kind="stable")]
     return {"first": int(rows[0]), "median": int(order[len(order) // 2]), "longest": int(order[-1])}
 
@@ -153,8 +149,6 @@ def _rendered(opened: Opened, base: BaseModel, which: str, example: Example) -> 
 
 def _overview(looked: _Looked, base: BaseModel) -> Finding:
     lengths = looked.lengths
-    if not len(lengths.prompt):
-        return Finding("bad", "there is no example with an answer")
     many = "" if looked.everything else f" (of {len(looked.examples):,} rows looked at, the longest among them)"
     total = lengths.prompt + lengths.answer
     context = f"{base.max_length:,}" if base.max_length else "without limit"
@@ -163,13 +157,6 @@ def _overview(looked: _Looked, base: BaseModel) -> Finding:
         f"longest row {int(total.max()):,}{many}; context {context}"
     )
     return Finding("ok", text)
-
-
-def _empty(empty: Sequence[Example]) -> Iterator[Finding]:
-    if empty:
-        first = f"{empty[0].persona}, split {empty[0].split}, prompt {empty[0].prompt[:40]!r}"
-        text = f"{counted(len(empty), 'answer')} empty, the first of {first}"
-        yield Finding("bad", text, "nothing can be learned from them or compared with them: leave these rows out")
 
 
 def _doubled(looked: _Looked, base: BaseModel) -> Iterator[Finding]:

@@ -45,8 +45,8 @@ def _lacking(opened: Opened, personas: Personas, split: Split) -> Finding | None
     if not missing:
         return None
     everybody = len(missing) == len(personas.names)
-    who = "nobody has" if everybody else f"{listed(missing)} ({counted(len(missing), 'persona')}) lack"
-    text = f"{who} {split} rows"
+    who = f"{listed(missing)} ({counted(len(missing), 'persona')})"
+    text = f"nobody has {split} rows" if everybody else f"without {split} rows: {who}"
     sign: Sign = "bad" if everybody else "warn"
     if split == "train":
         return Finding(sign, text, "no adapter is trained for them; add rows with split train")

@@ -16,7 +16,7 @@ from raymerge.pipelines.checking.finding import Finding, Section, Sign
 from raymerge.pipelines.checking.prompts import Rendered
 
 _STYLES: dict[Sign, str] = {"ok": "green", "warn": "yellow", "bad": "bold red"}
-_ENDS = 400  # characters of a prompt that are shown from its start and from its end
+_ENDS = 240  # characters of a prompt that are shown from its start and from its end
 _BREAK = "↵"
 
 
@@ -96,8 +96,8 @@ def _cells(step: Step, estimate: Estimate) -> list[Text]:
     rough = "~" if estimate.source(step) == "assumed" else ""
     nbytes = ("≤ " if step.bound else "") + size(step.nbytes)
     times = [Text(f"{rough}{_time(s)}") for s in (estimate.alone(step), estimate.elapsed(step))]
-    return [Text(step.name), Text(f"{step.makes:,}"), Text(f"{step.there:,}"), Text(f"{step.operations:.1e}"),
-            Text(nbytes), *times]  # fmt: skip
+    done = f"{step.operations + step.encoding:.1e}"
+    return [Text(step.name), Text(f"{step.makes:,}"), Text(f"{step.there:,}"), Text(done), Text(nbytes), *times]
 
 
 def _time(seconds: float) -> str:
@@ -121,9 +121,9 @@ def _assumed(estimate: Estimate) -> Iterator[str]:
     if estimate.device == "gpu":
         yield f"~ rough: {GPU:.0e} operations/s for a GPU, with a base of a billion weights or more."
     else:
-        fast = Speeds(GPU, GPU)
+        fast = Speeds(GPU, GPU, GPU)
         steps = [s for s in estimate.steps if s.items and s.worker == "model"]
-        seconds = sum(step.seconds(fast.of(step)) for step in steps)
+        seconds = sum(step.seconds(fast.of(step), fast.encode) for step in steps)
         yield f"~ rough: {CPU_THREAD:.0e} operations/s for a CPU thread. On one GPU ({GPU:.0e}, a base"
         yield f"of a billion weights or more) training and answering take {_time(seconds)}."
     yield "`raymerge check --model` times a few real steps."

@@ -33,6 +33,7 @@ from raymerge.recipes import Recipe
 from raymerge.routing.strategies import SOFT_EXPERTS
 
 SAMPLE = 2_000  # rows that are encoded to see how many bytes texts take
+EMBEDDING = 1_700  # bytes of a persona's vector
 METRICS = 14  # bytes of a row's figures
 COMPARE_S, COMPARE_BYTES = 10.0, 1_500_000  # the table, five plots, one page
 
@@ -78,7 +79,7 @@ class Known:
 
     def adapted(self, settings: Training) -> int:
         """Numbers in the factors of one adapter."""
-        return operations.factors(operations.targeted(self.layers, settings.target_modules), settings.rank)
+        return operations.factors(self.layers.targets, settings.rank)
 
 
 def steps_of_run(known: Known) -> tuple[Step, ...]:
@@ -104,7 +105,7 @@ def _training(known: Known, grouping: Grouping) -> Step:
     items = math.ceil(len(missing) / settings.adapters_per_item) if grouping == "persona" else len(missing)
     total = sum(work[name] for name in missing) or 1.0
     largest = 1 / items if grouping == "persona" and items else max((work[n] for n in missing), default=0.0) / total
-    shapes = operations.targeted(known.layers, settings.target_modules)
+    shapes = known.layers.targets
     steps = [once * math.ceil(sum(known.training_rows[p] for p in members[n]) / _batch(settings)) for n in missing]
     nbytes = sum(operations.adapter_bytes(shapes, settings.rank, count) for count in steps)
     done = {name: work[name] * once for name in members}
@@ -163,7 +164,7 @@ def _own_training(known: Known, recipe: Recipe) -> Step:
     makes = len(known.personas.names) if recipe.strategy == "prefix" else contributors(known, recipe).merges
     rows = sum(known.training_rows.values()) / max(len(known.training_rows), 1) * each * makes
     epochs = _epochs(settings, makes)
-    shapes = operations.targeted(known.layers, settings.target_modules)
+    shapes = known.layers.targets
     steps = max(settings.choices) * math.ceil(rows / max(makes, 1) / _batch(settings))
     items = math.ceil(makes / settings.adapters_per_item)
     return Step(
@@ -184,7 +185,8 @@ def _embedding(known: Known) -> Step:
     measured = measured_items([known.timings], ("embed/",), items)
     if there:
         return Step("embed", "model", 0, 0, people, 0.0, 0)
-    return Step("embed", "model", people, items, 0, done, 1_600 * people, 1 / items, measured_s=measured)
+    nbytes = EMBEDDING * people
+    return Step("embed", "model", people, items, 0, 0.0, nbytes, 1 / items, encoding=done, measured_s=measured)
 
 
 def contributors(known: Known, recipe: Recipe) -> Contributors:
@@ -214,7 +216,7 @@ def merge_step(known: Known, recipe: Recipe) -> Step:
     there = min(found.merges, len(storage.list_folders(folder)))
     to_do = found.merges - there
     settings = known.opened.project.training.of("persona")
-    shapes = operations.targeted(known.layers, settings.target_modules)
+    shapes = known.layers.targets
     rank = max([max(one.ranks) for one, _ in known.bank.kinds if one.ranks], default=settings.rank)
     rule = parse_rank(recipe.rank)
     inner = found.each * rank
@@ -251,7 +253,7 @@ def _joined(steps: Sequence[Step]) -> Step:
     return Step(
         "merge", "merge", to_do, to_do, sum(step.there for step in steps), sum(step.operations for step in steps),
         sum(step.nbytes for step in steps), 1 / max(to_do, 1), any(step.bound and step.makes for step in steps),
-        0.0 if to_do == 0 else sum(step.fixed_s for step in steps), seconds,
+        fixed_s=sum(step.fixed_s for step in steps), measured_s=seconds,
     )  # fmt: skip
 
 
@@ -262,12 +264,13 @@ def _evaluating(known: Known, recipes: Sequence[Recipe]) -> Step:
     to_do = [recipe for recipe in recipes if recipe not in there]
     passes = [(recipe, split, share) for recipe in to_do for split, share in _scored(known, recipe)]
     done = sum(_answering(known, recipe, split) * share for recipe, split, share in passes)
+    encoded = sum(_encoding(known, split) * share for _, split, share in passes)
     items = sum(math.ceil(_people(known, split) / project.evaluation.personas_per_item) for _, split, _ in passes)
     nbytes = round(sum(_text_bytes(known, split) for _, split, share in passes if share == 1.0))
     measured = measured_items(known.run_timings, ("evaluate/", "validate/"), items)
     return Step(
         "evaluate", "model", len(to_do), items, len(there), done, nbytes, 1 / max(items, 1),
-        fixed_s=ITEM_S * items, measured_s=measured,
+        encoding=encoded, fixed_s=ITEM_S * items, measured_s=measured,
     )  # fmt: skip
 
 
@@ -294,7 +297,7 @@ def _people(known: Known, split: Split) -> int:
 
 
 def _answering(known: Known, recipe: Recipe, split: Split) -> float:
-    """Operations of one pass over a split: answers, likelihoods, and the encoder over answers and references."""
+    """Operations of one pass over a split: answers and likelihoods."""
     project, lengths = known.opened.project, known.lengths.of(split)
     batch = project.evaluation.batch_size
     adapted = 0 if recipe.strategy == "base" else known.adapted(project.training.of("persona"))
@@ -304,8 +307,13 @@ def _answering(known: Known, recipe: Recipe, split: Split) -> float:
     widths = padded(lengths.prompt + lengths.answer, lengths.owner, batch, together=True)
     generated = operations.answering_operations(known.layers, adapted, prompts, new, lengths.weight)
     scored = operations.scoring_operations(known.layers, adapted, rows_of(widths, lengths.answer, lengths.weight))
-    encoded = 2 * operations.ENCODER_WEIGHTS * 2 * float(lengths.weight @ lengths.answer)
-    return generated + scored + encoded
+    return generated + scored
+
+
+def _encoding(known: Known, split: Split) -> float:
+    """Operations of the encoder over the answers of a split and their references."""
+    lengths = known.lengths.of(split)
+    return 2 * operations.ENCODER_WEIGHTS * 2 * float(lengths.weight @ lengths.answer)
 
 
 def _text_bytes(known: Known, split: Split) -> float:

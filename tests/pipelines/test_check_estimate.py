@@ -1,0 +1,163 @@
+"""What a run is said to take, against what torch counts and what a real run writes."""
+
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from raymerge.adapters.peft import encode_adapter
+from raymerge.models.answers import encode_rows
+from raymerge.models.base import load_base
+from raymerge.models.generation import GenerationSettings, generate, score_references
+from raymerge.models.training import TrainingGroup, TrainingSettings, train
+from raymerge.pipelines.check import checked
+from raymerge.pipelines.checking import operations
+from raymerge.pipelines.checking.base import describe_base
+from raymerge.pipelines.checking.estimate import Estimate, Speeds, Step
+from raymerge.pipelines.checking.operations import padded, rows_of
+from raymerge.pipelines.checking.power import detectable
+from raymerge.pipelines.run import run
+
+
+@pytest.fixture(scope="module")
+def base(tiny_llama):
+    return load_base(str(tiny_llama))
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Rows of many lengths: (prompt, answer)."""
+    random = np.random.default_rng(0)
+    text = lambda most: " ".join(f"w{i}" for i in random.integers(0, 56, int(random.integers(1, most))))  # noqa: E731
+    return [(text(20), text(12)) for _ in range(24)]
+
+
+def counted(act) -> int:
+    """Operations of products, as torch counts them; attention written out, since the fused one is not counted, and
+    oneDNN's products (rows x, weight w) told."""
+    products = {torch.ops.mkldnn._linear_pointwise: lambda x, w, *_, **__: 2 * math.prod(x) * w[0]}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=products) as counter:
+        act()
+    return counter.get_total_flops()
+
+
+def lengths(base, rows, end):
+    encoded = encode_rows(base, [p for p, _ in rows], [a for _, a in rows], end=end)
+    return np.array([len(row.prompt) for row in encoded]), np.array([len(row.answer) for row in encoded])
+
+
+def test_operations_of_training_are_those_that_torch_counts(base, rows):
+    layers = operations.layers_of(base)
+    prompt, answer = lengths(base, rows, end=True)
+    widths = padded(prompt + answer, np.zeros_like(prompt), 6, together=False)
+    adapted = operations.factors(layers.targets, 4)
+    groups = [TrainingGroup("a", rows), TrainingGroup("b", rows)]
+    settings = TrainingSettings(rank=4, epochs=2, batch_size=6)
+    found = counted(lambda: train(base, groups, settings))
+    said = operations.training_operations(layers, adapted, rows_of(widths, answer) * 4)
+    assert said == pytest.approx(found, rel=0.2)
+
+
+def test_operations_of_answers_and_likelihoods_are_those_that_torch_counts(base, rows):
+    layers = operations.layers_of(base)
+    prompt, answer = lengths(base, rows, end=False)
+    owners, prompts = np.zeros_like(prompt), [p for p, _ in rows]
+    found = counted(lambda: score_references(base, None, prompts, [a for _, a in rows], None))
+    widths = padded(prompt + answer, owners, 64, together=True)
+    assert operations.scoring_operations(layers, 0, rows_of(widths, answer)) == pytest.approx(found, rel=0.1)
+    found = counted(lambda: generate(base, None, prompts, None, GenerationSettings(max_new_tokens=9)))
+    said = operations.answering_operations(
+        layers, 0, padded(prompt, owners, 64, together=True), np.full_like(prompt, 9)
+    )
+    assert said == pytest.approx(found, rel=0.1)
+
+
+def test_a_base_without_weights_costs_what_the_loaded_one_does(base, tiny_llama):
+    described = describe_base(str(tiny_llama), "base")
+    assert next(described.model.parameters()).is_meta
+    assert operations.layers_of(described) == operations.layers_of(base)
+    assert (described.max_length, described.end_ids) == (base.max_length, base.end_ids)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "mlp.down_proj")])
+def test_bytes_of_an_adapter_are_those_of_its_files(base, rows, targets):
+    shapes = operations.layers_of(base, targets).targets
+    (trained,) = train(base, [TrainingGroup("a", rows)], TrainingSettings(rank=8, epochs=1, target_modules=targets))
+    assert set(shapes) == set(trained.adapter.modules)
+    files = sum(len(data) for data in encode_adapter(trained.adapter).values())
+    assert operations.adapter_bytes(shapes, 8) == pytest.approx(files + 1_300, rel=0.1)  # with a manifest
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 3)), max_size=40), st.integers(1, 9), st.booleans())
+def test_a_padded_row_is_as_wide_as_the_longest_of_its_batch(pairs, batch, together):
+    length = np.array([pair[0] for pair in pairs], np.int64)
+    owner = np.array([pair[1] for pair in pairs], np.int64)
+    widths = padded(length, owner, batch, together=together)
+    assert (widths >= length).all()
+    parts = [sorted(length[owner == who]) for who in sorted(set(owner))]
+    parts = [[one for part in parts for one in part]] if together else parts
+    batches = [part[i : i + batch] for part in parts for i in range(0, len(part), batch)]
+    assert sorted(widths) == sorted(max(one) for one in batches for _ in one)
+
+
+def folder_bytes(*folders: Path) -> int:
+    return sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
+
+
+def test_a_real_run_makes_what_was_said_and_leaves_nothing_to_do(project):
+    """The training, the merges and the evaluation of a small world, before and after."""
+    folder = Path(project).parent
+    shutil.rmtree(folder / "adapters")
+    told = yaml.safe_load(Path(project).read_text())
+    told["training"] = {"epochs": 4, "rank": 8, "batch_size": 2}
+    told["recipes"] = {"own": {"strategy": "own"}, "unified": {"strategy": "unified"}}
+    told["recipes"]["small"] = {"strategy": "cluster_average", "rank": 3}
+    Path(project).write_text(yaml.safe_dump(told))
+    before = {step.name: step for step in checked(project).estimate.steps}
+    assert {name: step.makes for name, step in before.items()} == {
+        "train persona": 6, "train unified": 1, "merge": 2, "evaluate": 3, "compare": 1
+    }  # fmt: skip
+    assert run(project, local=True) == 0
+    for name, places in {
+        "train persona": [folder / "adapters"],
+        "train unified": [folder / "unified"],
+        "merge": [folder / "runs" / "small" / "adapters"],
+    }.items():
+        assert before[name].nbytes == pytest.approx(folder_bytes(*places), rel=0.1), name
+        assert not before[name].bound
+    after = checked(project)
+    assert {step.name for step in after.estimate.steps if step.items} == {"compare"}
+    (power,) = (section for section in after.sections if section.name == "power")
+    assert power.facts["measured"]
+
+
+def test_adapters_that_are_there_are_not_trained_again_and_earlier_times_are_taken(project):
+    steps = {step.name: step for step in checked(project).estimate.steps}
+    assert (steps["train persona"].items, steps["train persona"].there) == (0, 6)
+    assert run(project, recipes=["own"], local=True) == 0
+    found = checked(project).estimate
+    (evaluating,) = (step for step in found.steps if step.name == "evaluate")
+    assert found.source(evaluating) == "measured"
+    assert evaluating.there == 1
+    assert evaluating.measured_s > 0
+
+
+def test_work_is_done_no_sooner_than_its_largest_item():
+    step = Step("train unified", "model", 3, 3, 0, 100.0, 0, largest=0.5)
+    speeds = Speeds(1.0, 1.0, 1.0)
+    spans = [Estimate((step,), {"model": count}, speeds, "cpu").elapsed(step) for count in (1, 2, 3, 99)]
+    assert spans == [100.0, 50.0, 50.0, 50.0]
+
+
+@given(st.integers(2, 2_000), st.floats(1, 50))
+def test_four_times_the_people_show_half_the_difference(people, spread):
+    assert detectable(spread, 4 * people) <= 0.5 * detectable(spread, people) * 1.001
+    assert detectable(2 * spread, people) == pytest.approx(2 * detectable(spread, people))

@@ -115,6 +115,6 @@ def _all_recipes(k: int) -> dict[str, dict[str, Any]]:
         **tuned,
         "neighbours_trained": {**recipes["neighbours_trained"], "scale": "tuned"},
         "selective": {"strategy": "selective"},
-        "prefix": {"strategy": "prefix", "epochs": [8, 16]},
+        "prefix": {"strategy": "prefix", "learning_rate": 0.1, "epochs": [16, 48]},
         "rag": {"strategy": "base", "retrieval": RETRIEVAL},
     }

@@ -179,6 +179,7 @@ def test_no_control_asks_for_one() -> None:
 def test_bad_own_adapters_ask_to_start_from_unified_while_no_merge_gains() -> None:
     found = step(guided(*references(own=0.2), soft(0.45), control(0.3)), "Train the personas' own adapters from")
     assert "--start-from unified" in found.command
+    assert found.gain is None
     assert step(guided(*references(own=0.2), soft(0.6), control(0.3)), "Train the personas' own") is None
 
 

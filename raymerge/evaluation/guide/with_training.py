@@ -67,13 +67,13 @@ def start_from_unified(facts: Facts) -> Step | None:
     gains = facts.verdict.reference is not None and facts.verdict.reference.outcome == "gains"
     if own is None or unified is None or gains or facts.start is None:
         return None
-    _, low, high = facts.gap(unified, own)
+    mean, low, _ = facts.gap(unified, own)
     if not low > 0:
         return None
     return Step(
         what="Train the personas' own adapters from the unified one, so that merges start where it stands",
-        gain=(0.0, high),
-        because="by which own is below unified",
+        gain=None,
+        because=f"own is {mean:.1f} points below it",
         training=True,
         seconds=plus(facts.training("own"), facts.merging()),
         command=f"raymerge train {facts.project} --group-by persona --start-from unified` and `{facts.run()}",

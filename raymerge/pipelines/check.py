@@ -200,7 +200,8 @@ def _estimate(
 ) -> Estimate:
     from raymerge.pipelines.checking import operations
     from raymerge.pipelines.checking.estimate import Estimate, assumed_speeds
-    from raymerge.pipelines.checking.work import Known, steps_of_run
+    from raymerge.pipelines.checking.known import Known
+    from raymerge.pipelines.checking.work import steps_of_run
 
     layers = operations.layers_of(base, opened.project.training.target_modules)
     known = Known(opened, opened.need_personas("check"), layers, prompts.lengths, clusters, bank)

@@ -116,6 +116,11 @@ def _counts(bank: Bank, of: Callable[[Inspected], str]) -> dict[str, int]:
 
 def _overview(opened: Opened, bank: Bank) -> Finding:
     missing = len(set(opened.names) - set(opened.adapters))
+    if not opened.names and not bank.unreadable:
+        where = opened.project.path(opened.project.adapters)
+        return Finding(
+            "bad", f"there is none in {where}", "set `adapters` to where they are, or `personas` to train some"
+        )
     if not bank.readable and not bank.unreadable:
         return Finding("ok", f"none is there yet: `raymerge run` trains what {counted(missing, 'persona')} need")
     text = f"{counted(bank.readable, 'adapter')}, {size(sum(bank.nbytes.values()))}"

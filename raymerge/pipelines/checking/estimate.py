@@ -16,9 +16,9 @@ from raymerge.pipelines.job import Timing
 
 # Operations per second where nothing was measured: a thread of a server's CPU in float32, and a GPU of a data centre in
 # bfloat16, at the third of its peak that training of adapters reaches with a base of a billion weights or more.
-CPU_THREAD, GPU = 2e10, 1e14
+CPU_THREAD, GPU = 4e10, 1e14
 READ_S = 5e8  # bytes a second from a disk or a bucket
-ITEM_S = 0.1  # seconds that an item takes besides: digests, a marker, the way to the worker
+ITEM_S = 0.05  # seconds that an item takes besides: digests, a marker, the way to the worker
 
 Source = Literal["measured", "calibrated", "assumed"]
 

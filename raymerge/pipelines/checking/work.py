@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -14,72 +12,25 @@ from raymerge import storage
 from raymerge.config import Grouping, Training
 from raymerge.evaluation.scores import kind_of
 from raymerge.manifest import read_manifest
-from raymerge.merging.lowrank import costs
-from raymerge.merging.rank import parse_rank
-from raymerge.personas import Personas, Split
+from raymerge.personas import Split
 from raymerge.pipelines import tuning
 from raymerge.pipelines.checking import operations
-from raymerge.pipelines.checking.adapters import Bank, is_there, recorded_bytes
-from raymerge.pipelines.checking.estimate import ITEM_S, READ_S, Step, measured_items, measured_training
-from raymerge.pipelines.checking.operations import Layers, Rows, padded, rows_of
-from raymerge.pipelines.checking.prompts import Lengths
-from raymerge.pipelines.job import Timing, read_timings
-from raymerge.pipelines.opening import Opened
+from raymerge.pipelines.checking.adapters import is_there
+from raymerge.pipelines.checking.estimate import ITEM_S, Step, measured_items, measured_training
+from raymerge.pipelines.checking.known import Known
+from raymerge.pipelines.checking.merges import contributors, joined, merge_step
+from raymerge.pipelines.checking.operations import Rows, padded, rows_of
 from raymerge.pipelines.placing import needs_embeddings
 from raymerge.pipelines.planning import PERSONAS_PER_EMBEDDING, embedding_source
 from raymerge.pipelines.trainings import all_groupings
 from raymerge.pipelines.trials import ADAPTERS_TRIED
 from raymerge.recipes import Recipe
-from raymerge.routing.strategies import SOFT_EXPERTS
 
 SAMPLE = 2_000  # rows that are encoded to see how many bytes texts take
-EMBEDDING = 1_700  # bytes of a persona's vector
+EMBEDDING = 2_200  # bytes of a persona's vector
 METRICS = 14  # bytes of a row's figures
+TABLES = 2_300  # bytes of a part's two tables besides its rows, and of its marker
 COMPARE_S, COMPARE_BYTES = 10.0, 1_500_000  # the table, five plots, one page
-
-
-@dataclass(frozen=True)
-class Contributors:
-    """How many merges a recipe takes, and how many adapters go into each."""
-
-    merges: int
-    each: int
-
-
-@dataclass(frozen=True)
-class Known:
-    """All that the counting starts from. clusters: persona -> label, as far as it is known. bank: adapters there."""
-
-    opened: Opened
-    personas: Personas
-    layers: Layers
-    lengths: Lengths
-    clusters: Mapping[str, str]
-    bank: Bank
-
-    @cached_property
-    def timings(self) -> dict[str, Timing]:
-        """Of what all runs share: trainings and embeddings."""
-        return read_timings(self.opened.project.shared_folder())
-
-    @cached_property
-    def run_timings(self) -> list[dict[str, Timing]]:
-        """Of each run."""
-        return [read_timings(self.opened.project.run_folder(name)) for name in self.opened.recipes]
-
-    @cached_property
-    def training_rows(self) -> dict[str, int]:
-        """Training rows of each persona that has some."""
-        return {name: count["train"] for name, count in self.personas.counts().items() if count["train"]}
-
-    @cached_property
-    def cluster_count(self) -> int:
-        """Clusters there are, or will be."""
-        return len(set(self.clusters.values())) or min(self.opened.project.clusters.count, len(self.personas.names))
-
-    def adapted(self, settings: Training) -> int:
-        """Numbers in the factors of one adapter."""
-        return operations.factors(self.layers.targets, settings.rank)
 
 
 def steps_of_run(known: Known) -> tuple[Step, ...]:
@@ -90,7 +41,7 @@ def steps_of_run(known: Known) -> tuple[Step, ...]:
     merges = [merge_step(known, recipe) for recipe in recipes]
     embedding = [_embedding(known)] if any(needs_embeddings(known.opened.project, r) for r in recipes) else []
     compare = Step("compare", "driver", 1, 1, 0, 0.0, COMPARE_BYTES, 1.0, fixed_s=COMPARE_S)
-    return (*embedding, *trainings, *own, _joined(merges), _evaluating(known, recipes), compare)
+    return (*embedding, *trainings, *own, joined(merges), _evaluating(known, recipes), compare)
 
 
 def _training(known: Known, grouping: Grouping) -> Step:
@@ -189,74 +140,6 @@ def _embedding(known: Known) -> Step:
     return Step("embed", "model", people, items, 0, 0.0, nbytes, 1 / items, encoding=done, measured_s=measured)
 
 
-def contributors(known: Known, recipe: Recipe) -> Contributors:
-    """Merges of a recipe, and adapters in each, before anything is routed."""
-    given = recipe.strategy_parameters.get("of") or {"strategy": recipe.strategy, **recipe.strategy_parameters}
-    people, groups = len(known.opened.names), known.cluster_count
-    in_cluster = max(1, round(people / max(groups, 1)))
-    each = {
-        "simple_average": people,
-        "cluster_average": in_cluster,
-        "top_k": int(given.get("k", 1)),
-        "sparse_moe": min(int(given.get("k", 1)), in_cluster),
-        "soft": min(people, SOFT_EXPERTS),
-        "hierarchical": min(people, int(given.get("top_clusters", 1)) * int(given.get("k", 1))),
-        "hybrid": 2,
-    }.get(str(given["strategy"]), 0)
-    merges = {"simple_average": 1, "cluster_average": groups}.get(str(given["strategy"]), people)
-    return Contributors(merges, each) if each else Contributors(0, 0)
-
-
-def merge_step(known: Known, recipe: Recipe) -> Step:
-    """The merges of one recipe that are missing, in the rank it asks for; a rank by energy is at most so large."""
-    found = contributors(known, recipe)
-    if recipe.strategy == "neighbours_trained" or not found.merges:
-        return Step(f"merge {recipe.name}", "merge", 0, 0, 0, 0.0, 0)
-    folder = storage.join(known.opened.project.run_folder(recipe.name), "adapters")
-    there = min(found.merges, len(storage.list_folders(folder)))
-    to_do = found.merges - there
-    settings = known.opened.project.training.of("persona")
-    shapes = known.layers.targets
-    rank = max([max(one.ranks) for one, _ in known.bank.kinds if one.ranks], default=settings.rank)
-    rule = parse_rank(recipe.rank)
-    inner = found.each * rank
-    ranks = {path: min(rule.ceiling(shape, rank), inner) for path, shape in shapes.items()}
-    each = sum(operations.adapter_bytes({path: shape}, ranks[path]) for path, shape in shapes.items()) - (
-        len(shapes) - 1
-    ) * operations.adapter_bytes({}, 0)
-    seconds = sum(min(costs(shape, inner, ranks[path], rule).values()) for path, shape in shapes.items())
-    read = found.each * operations.adapter_bytes(shapes, rank) / READ_S
-    earlier = _earlier_bytes(known, recipe) if rule.kind in ("energy", "exact") else None
-    return Step(
-        f"merge {recipe.name}", "merge", to_do, to_do, there,
-        to_do * sum(operations.merging_operations({p: s}, inner, ranks[p]) for p, s in shapes.items()),
-        to_do * (each if earlier is None else earlier), 1 / max(to_do, 1),
-        bound=rule.kind in ("energy", "exact") and earlier is None, fixed_s=to_do * (ITEM_S + seconds + read),
-        measured_s=measured_items(known.run_timings, (f"merge/{recipe.name}/",), to_do),
-    )  # fmt: skip
-
-
-def _earlier_bytes(known: Known, recipe: Recipe) -> int | None:
-    """Mean bytes of the adapters that a run of this recipe has written already."""
-    folder = storage.join(known.opened.project.run_folder(recipe.name), "adapters")
-    sizes = [recorded_bytes(storage.join(folder, name)) for name in storage.list_folders(folder)[:20]]
-    found = [size for size in sizes if size is not None]
-    return round(sum(found) / len(found)) if found else None
-
-
-def _joined(steps: Sequence[Step]) -> Step:
-    """All merges as one step. Where any is measured, the others are taken to be as long each."""
-    to_do = sum(step.makes for step in steps)
-    measured = [step for step in steps if step.measured_s is not None and step.makes]
-    known = sum(step.makes for step in measured)
-    seconds = sum(step.measured_s or 0.0 for step in measured) * to_do / known if known else None
-    return Step(
-        "merge", "merge", to_do, to_do, sum(step.there for step in steps), sum(step.operations for step in steps),
-        sum(step.nbytes for step in steps), 1 / max(to_do, 1), any(step.bound and step.makes for step in steps),
-        fixed_s=sum(step.fixed_s for step in steps), measured_s=seconds,
-    )  # fmt: skip
-
-
 def _evaluating(known: Known, recipes: Sequence[Recipe]) -> Step:
     """Answers and scores of all runs that are not scored yet."""
     project = known.opened.project
@@ -324,4 +207,5 @@ def _text_bytes(known: Known, split: Split) -> float:
         return 0.0
     texts = {"prompt": sample["prompt"], "reference": sample["response"], "generated": sample["response"]}
     nbytes = len(storage.encode_parquet(pa.table({"persona": sample["persona"], **texts})))
-    return 2 * (nbytes / len(sample) + METRICS) * len(table)
+    parts = math.ceil(_people(known, split) / known.opened.project.evaluation.personas_per_item)
+    return 2 * (nbytes / len(sample) + METRICS) * len(table) + TABLES * (parts + 1)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raymerge.models.dropout import Dropout
+from raymerge.models.dropout import Dropout, masked
 from raymerge.models.layers import Forward, frozen_weight, is_quantised, wrap
 from raymerge.models.products import frozen_layer, frozen_product
 from raymerge.models.stacked import FactorStack, StackedModule
@@ -124,24 +124,23 @@ class _Delta(torch.autograd.Function):
 def _add_delta(ctx: Any, out: Tensor, x: Tensor, module: StackedModule, part: Part) -> None:
     """Add the adapters' share to (..., out_features) in place, and keep what the backward pass needs."""
     A, Bt = part.of(module.A(module.rows.cast)), part.of(module.Bt(module.rows.cast))
-    kept = None if part.dropout is None else part.dropout.kept(module.path, x)
-    rows = (x if kept is None else x * kept).reshape(len(A), -1, x.shape[-1])
-    inner = torch.bmm(rows, A.transpose(1, 2))
+    entering = x if part.dropout is None else masked(x, part.dropout.kept(module.path, x))
+    inner = torch.bmm(entering.reshape(len(A), -1, x.shape[-1]), A.transpose(1, 2))
     ctx.scaling = module.scaling * (1.0 if part.dropout is None else part.dropout.factor)
     out.view(len(A), -1, out.shape[-1]).baddbmm_(inner, Bt, alpha=ctx.scaling)
-    ctx.save_for_backward(*(saved for saved in (x, inner, kept) if saved is not None))
+    ctx.save_for_backward(x, inner)
     ctx.module, ctx.part = module, part
 
 
 def _collect(ctx: Any, gradient: Tensor, to_x: Tensor | None) -> None:
     """Add the factors' gradients to their buffers, and the input's to `to_x` in place."""
     module, part = ctx.module, ctx.part
-    x, inner, *dropped = ctx.saved_tensors
-    kept = dropped[0] if dropped else None
+    x, inner = ctx.saved_tensors
     A, Bt = part.of(module.A(module.rows.cast)), part.of(module.Bt(module.rows.cast))
+    kept = None if part.dropout is None else part.dropout.kept(module.path, x)  # cheaper made again than stored
+    entered = (x if kept is None else masked(x, kept)).reshape(len(A), -1, x.shape[-1])
     rows = gradient.view(len(A), -1, gradient.shape[-1])
     back = torch.bmm(rows, Bt.transpose(1, 2))
-    entered = (x if kept is None else x * kept).reshape(len(A), -1, x.shape[-1])
     _add_product(module.Bt(module.rows.gradients), part, inner.transpose(1, 2), rows, ctx.scaling)
     _add_product(module.A(module.rows.gradients), part, back.transpose(1, 2), entered, ctx.scaling)
     if to_x is None:
@@ -149,7 +148,7 @@ def _collect(ctx: Any, gradient: Tensor, to_x: Tensor | None) -> None:
     if kept is None:
         to_x.view(len(A), -1, to_x.shape[-1]).baddbmm_(back, A, alpha=ctx.scaling)
     else:
-        to_x.add_(torch.bmm(back, A).view(to_x.shape).mul_(kept), alpha=ctx.scaling)
+        to_x.add_(masked(torch.bmm(back, A).view(to_x.shape), kept), alpha=ctx.scaling)
 
 
 def _add_product(total: Tensor, part: Part, left: Tensor, right: Tensor, scaling: float) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raymerge.models.base import BaseModel
-from raymerge.models.dropout import Dropout, row_keys
+from raymerge.models.dropout import Dropout, masked, row_keys
 from raymerge.models.training import train
 from tests.models.training_groups import SETTINGS, group, relative
 
@@ -16,7 +16,8 @@ from tests.models.training_groups import SETTINGS, group, relative
 def mask(share: float, rows: list[int], width: int, features: int, **key: object) -> torch.Tensor:
     chosen = {"seed": 0, "adapter": "p0", "step": 3, "module": "q", **key}
     keys = row_keys(chosen["seed"], chosen["adapter"], chosen["step"], torch.tensor(rows))  # type: ignore[arg-type]
-    return Dropout(share, keys).kept(str(chosen["module"]), torch.empty(len(rows), width, features))
+    ones = torch.ones(len(rows), width, features)
+    return masked(ones, Dropout(share, keys).kept(str(chosen["module"]), ones))
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(1, 12), st.integers(0, 12), st.integers(1, 40))
@@ -37,6 +38,16 @@ def test_the_share_is_kept_and_nothing_repeats(share: float) -> None:
     for other in ({"seed": 1}, {"adapter": "p1"}, {"step": 4}, {"module": "k"}):
         differing = mask(share, list(range(64)), 32, 128, **other).double() != kept
         assert float(differing.double().mean()) == pytest.approx(2 * spread**2, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_kept_stays_as_it_is(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 40, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = masked(x, Dropout(0.5, torch.arange(3)).kept("q", x))
+    assert torch.equal(found, torch.where(found == 0, 0, x))
+    assert torch.equal(found == 0, masked(torch.ones_like(x), Dropout(0.5, torch.arange(3)).kept("q", x)) == 0)
+    ones = torch.ones(3, 40, 16)
+    assert torch.equal(found != 0, masked(ones, Dropout(0.5, torch.arange(3)).kept("q", ones)) != 0)
 
 
 def test_what_is_kept_is_scaled_up() -> None:
@@ -73,7 +84,7 @@ def test_the_loss_with_dropout_is_that_of_masked_inputs(base: BaseModel) -> None
             self.path = path
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x * Dropout(0.4, keys).kept(self.path, x) / 0.6
+            return x * masked(torch.ones_like(x), Dropout(0.4, keys).kept(self.path, x)) / 0.6
 
     for path, module in first.adapter.modules.items():
         layer = model.base_model.model.get_submodule(path)
@@ -89,5 +100,5 @@ def test_the_loss_with_dropout_is_that_of_masked_inputs(base: BaseModel) -> None
             model.base_model.model.get_submodule(path).lora_dropout["default"] = torch.nn.Identity()
         whole = float(model(input_ids=batch.ids, labels=labels).loss)
     assert result.losses[1] == pytest.approx(wanted, rel=1e-5)
-    assert abs(whole - wanted) > 1e-2
+    assert abs(whole - wanted) > 1e-3
     model.unload()

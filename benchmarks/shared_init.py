@@ -6,12 +6,14 @@
 Every persona's own adapter is trained twice, from one A for all and from an A of its own, on the same rows. Each
 persona then gets the merge of its 5 most similar (top_k by embedding, match_norm), compressed in three ways. Error is
 that of the compression, over all modules, relative in the Frobenius norm; similarity is that of answers to test
-questions with the references (MiniLM), x 100, mean over personas. The interval of the difference is over personas.
+questions with the references (MiniLM), x 100, mean over personas. A shared A is a single draw for everybody, so all is
+done for several training seeds: the interval of the difference is over personas, and its mean is printed by seed.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -44,6 +46,7 @@ from raymerge.world import make_world, pretrain
 from raymerge.world.make import ENCODER
 
 RANKS: dict[str, Any] = {"8": 8, "energy .95, max 64": {"energy": 0.95, "max": 64}, "exact": "exact"}
+Adapters = dict[str, LoraAdapter]
 KINDS = {"shared": True, "independent": False}
 
 
@@ -64,11 +67,9 @@ def world_in(folder: Path, quick: bool) -> tuple[Personas, BaseModel]:
     return read_personas(str(folder / "personas.jsonl")), load_base(str(base))
 
 
-def train_own(base: BaseModel, personas: Personas, names: list[str], *, shared: bool) -> dict[str, LoraAdapter]:
+def train_own(base: BaseModel, personas: Personas, names: list[str], seed: int, *, shared: bool) -> Adapters:
     """Every persona's own adapter, with the demo's settings."""
-    settings = TrainingSettings(
-        rank=8, alpha=16, epochs=8, learning_rate=4e-3, batch_size=6, shared_init=shared
-    )  # fmt: skip
+    settings = TrainingSettings(epochs=8, learning_rate=4e-3, batch_size=6, seed=seed, shared_init=shared)
     groups = [TrainingGroup(name, [(e.prompt, e.response) for e in personas.examples(name, "train")]) for name in names]
     return {trained.adapter.name: trained.adapter for trained in train(base, groups, settings)}
 
@@ -79,7 +80,7 @@ def choose_experts(personas: Personas, names: list[str], encoder: Encoder) -> Ro
     return route("top_k", {"k": 5}, RoutingInputs(names, names, embeddings))[0]
 
 
-def score(base: BaseModel, encoder: Encoder, personas: Personas, merged: dict[str, LoraAdapter]) -> Scored:
+def score(base: BaseModel, encoder: Encoder, personas: Personas, merged: Adapters) -> Scored:
     """Answers of every persona's adapter to its test questions."""
     names = list(merged)
     examples = [example for name in names for example in personas.examples(name, "test")]
@@ -96,7 +97,7 @@ def score(base: BaseModel, encoder: Encoder, personas: Personas, merged: dict[st
 
 
 def score_kind(
-    base: BaseModel, encoder: Encoder, personas: Personas, own: dict[str, LoraAdapter], table: RoutingTable
+    base: BaseModel, encoder: Encoder, personas: Personas, own: Adapters, table: RoutingTable
 ) -> dict[str, Scored]:
     """The own adapters, and the merges at each rank."""
     found = {"own, unmerged": score(base, encoder, personas, own)}
@@ -110,32 +111,41 @@ def score_kind(
     return found
 
 
-def as_json(found: dict[str, dict[str, Scored]]) -> list[dict[str, Any]]:
-    """One row for each rank: both kinds, and the difference of similarity with its 95 % interval."""
+def as_json(found: list[dict[str, dict[str, Scored]]]) -> list[dict[str, Any]]:
+    """One row for each rank, means over seeds: both kinds, and the difference of similarity with its 95 % interval."""
     rows = []
-    for label in found["shared"]:
+    for label in found[0]["shared"]:
         row: dict[str, Any] = {"rank": label}
-        for kind, scored in found.items():
-            one = scored[label]
-            row[kind] = {"similarity": one.similarity.mean(), "error": one.error.mean(), "mean_rank": one.rank.mean()}
-        difference = found["shared"][label].similarity - found["independent"][label].similarity
+        for kind in KINDS:
+            scored = [seed[kind][label] for seed in found]
+            row[kind] = {
+                "similarity": float(np.mean([one.similarity for one in scored])),
+                "error": float(np.mean([one.error for one in scored])),
+                "mean_rank": float(np.mean([one.rank for one in scored])),
+            }
+        by_seed = np.array([s["shared"][label].similarity - s["independent"][label].similarity for s in found])
+        difference = by_seed.mean(axis=0)
         low, high = interval(bootstrap_means(difference[:, None]), len(difference))
-        row["difference"] = {"mean": difference.mean(), "low": low[0], "high": high[0]}
+        row["difference"] = {
+            "mean": float(difference.mean()), "low": float(low[0]), "high": float(high[0]),
+            "by_seed": by_seed.mean(axis=1).tolist(),
+        }  # fmt: skip
         rows.append(row)
     return rows
 
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the table."""
-    print(f"{'':20s} {'shared A':>29s} {'independent A':>29s} {'similarity, shared - independent':>34s}")
-    print(f"{'merge of 5, rank':20s}" + 2 * f" {'error':>8s} {'rank':>8s} {'similarity':>11s}")
+    print(f"\n{'':20s} {'shared A':>29s} {'independent A':>29s}   similarity, shared - independent")
+    print(f"{'merge of 5, rank':20s}" + 2 * f" {'error':>8s} {'rank':>8s} {'similarity':>11s}" + f"{'by seed':>36s}")
     for row in rows:
         cells = "".join(
             f" {row[kind]['error']:8.3f} {row[kind]['mean_rank']:8.1f} {row[kind]['similarity']:11.2f}"
             for kind in KINDS
         )
         gain = row["difference"]
-        print(f"{row['rank']:20s}{cells} {gain['mean']:+12.2f}  ({gain['low']:+.2f} to {gain['high']:+.2f})")
+        seeds = ", ".join(f"{value:+.2f}" for value in gain["by_seed"])
+        print(f"{row['rank']:20s}{cells}   {gain['mean']:+.2f} ({gain['low']:+.2f} to {gain['high']:+.2f})   {seeds}")
 
 
 def main() -> None:
@@ -143,6 +153,7 @@ def main() -> None:
     parser.add_argument("--world", type=Path, help="where a world is or is to be made; a temporary folder otherwise")
     parser.add_argument("--quick", action="store_true", help="make the small world")
     parser.add_argument("--personas", type=int, default=200, help="the first so many")
+    parser.add_argument("--seeds", type=int, default=3, help="of the training")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -154,16 +165,17 @@ def main() -> None:
         names = list(personas.names)[: arguments.personas]
         encoder = load_encoder(ENCODER)
         table = choose_experts(personas, names, encoder)
-        found: dict[str, dict[str, Scored]] = {}
-        for kind, shared in KINDS.items():
+        found: list[dict[str, dict[str, Scored]]] = [{} for _ in range(arguments.seeds)]
+        for seed, (kind, shared) in itertools.product(range(arguments.seeds), KINDS.items()):
             begun = time.perf_counter()
-            own = train_own(base, personas, names, shared=shared)
-            print(f"{kind}: {len(own)} adapters trained in {time.perf_counter() - begun:.0f} s", flush=True)
-            found[kind] = score_kind(base, encoder, personas, own, table)
+            own = train_own(base, personas, names, seed, shared=shared)
+            seconds = time.perf_counter() - begun
+            print(f"seed {seed}, {kind}: {len(own)} adapters trained in {seconds:.0f} s", flush=True)
+            found[seed][kind] = score_kind(base, encoder, personas, own, table)
     rows = as_json(found)
     show(rows)
     if arguments.json:
-        told = {"machine": machine, "command": command, "personas": len(names), "rows": rows}
+        told = {"machine": machine, "command": command, "personas": len(names), "seeds": arguments.seeds, "rows": rows}
         arguments.json.write_text(json.dumps(told, indent=1) + "\n")
 
 

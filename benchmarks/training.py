@@ -197,7 +197,9 @@ def measure_alone(plan: Plan, size: Size, steps: int) -> Found:
         losses, learned = crew.each(compare_work, rows, replace(settings, epochs=min(10, max(2, steps))))[0]
         _require_same(losses, learned, plan.place.dtype)
         crew.each(by_us, job)
-        tried = {way: peft.each(by_peft, job, way)[0].seconds for way in candidates(plan.place) for _ in range(2)}
+        short = Job((("alone", rows[: 2 * settings.batch_size]),), replace(settings, epochs=1))
+        peft.each(by_peft, short, Choices())
+        tried = {way: peft.each(by_peft, short, way)[0].seconds for way in candidates(plan.place)}
         choices = min(tried, key=lambda way: tried[way])
         ours, theirs = [], []
         for _ in range(max(3, plan.rounds)):

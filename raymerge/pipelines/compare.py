@@ -105,7 +105,7 @@ def read_scores(project: Project, name: str, artefacts: Artefacts | None = None)
     recipe = storage.read_json(storage.join(folder, "recipe.json"))
     adapters = _assigned(project, folder)
     served = [artefacts.read(place) for place in adapters.values()]
-    parts = _parts(project, artefacts, routing, served)
+    parts = _parts(project, artefacts, routing, served, folder if recipe["strategy"] in TRAINS_ITS_OWN else None)
     tuning = storage.join(folder, "tuning", "tuning.json")
     shared = read_timings(project.shared_folder())
     return RunScores(
@@ -144,11 +144,17 @@ def _by_seed(project: Project, name: str) -> dict[int, float]:
 
 
 def _parts(
-    project: Project, artefacts: Artefacts, routing: pa.Table, served: Sequence[Artefact | None]
+    project: Project, artefacts: Artefacts, routing: pa.Table, served: Sequence[Artefact | None], own: str | None
 ) -> list[Artefact | None]:
-    """The trained adapters that a run is made of: those it serves, or the experts that they were merged from."""
+    """The trained adapters that a run is made of: those it serves, or the experts that they were merged from.
+
+    own: the folder of a run that trained its own.
+    """
     if served and all(one is not None and one.is_trained for one in served):
         return list(served)
+    if own is not None:
+        trained = storage.join(own, "trained")
+        return [artefacts.read(storage.join(trained, name)) for name in storage.list_folders(trained)]
     experts = [expert for expert in routing.column("expert").unique().to_pylist() if expert]
     return [artefacts.read(project.adapter_location(expert)) for expert in sorted(experts)]
 
@@ -169,8 +175,9 @@ def _assigned(project: Project, folder: str) -> dict[str, str]:
 def _merged(project: Project, shared: Mapping[str, Timing], name: str, adapters: Mapping[str, str]) -> float | None:
     folder = project.run_folder(name)
     merges = [f"merge/{name}/{a}" for a, place in adapters.items() if place.startswith(storage.join(folder, ""))]
-    trained_there = any(item.startswith(f"train/{name}/") for item in shared)
-    return 0.0 if trained_there else _seconds(read_timings(folder), merges)
+    if not merges and any(item.startswith(f"train/{name}/") for item in shared):
+        return 0.0
+    return _seconds(read_timings(folder), merges)
 
 
 def _scored(project: Project, name: str) -> float | None:
@@ -186,7 +193,8 @@ def _seconds(timings: Mapping[str, Timing], items: Sequence[str]) -> float | Non
 
 
 def _trained(shared: Mapping[str, Timing], name: str, strategy: str, parts: Sequence[Artefact | None]) -> float | None:
-    """Seconds of training the groupings that a run is made of; None if those of one of its adapters are not noted."""
+    """Seconds of training the groupings that a run is made of, of trying their epochs too; None if those of one of its
+    adapters are not noted."""
     if any(part is None or part.name is None for part in parts):
         return None
     known = [part for part in parts if part is not None]
@@ -194,7 +202,8 @@ def _trained(shared: Mapping[str, Timing], name: str, strategy: str, parts: Sequ
     begin = tuple(f"train/{grouping}" + ("" if grouping == "unified" else "/") for grouping in groupings)
     used = [timing for item, timing in shared.items() if item.startswith(begin)]
     made = {adapter for timing in used for adapter in timing.adapters}
-    return sum(timing.seconds for timing in used) if {part.name for part in known} <= made else None
+    tried = [t for item, t in shared.items() if item.startswith(tuple(f"try/{grouping}-" for grouping in groupings))]
+    return sum(t.seconds for t in [*used, *tried]) if {part.name for part in known} <= made else None
 
 
 def _epochs(parts: Sequence[Artefact | None]) -> str | None:

@@ -27,7 +27,11 @@ def trials_of(opened: Opened, label: str, epochs: Sequence[int]) -> tuple[Trial,
     """Where each trial of a training is scored; none where there is nothing to choose."""
     if len(epochs) < 2:
         return ()
-    return tuple(Trial(n, storage.join(_folder(opened, label, n), "evaluation")) for n in epochs)
+    places = {n: storage.join(opened.project.shared_folder(), "tries", f"{label}-{n}") for n in epochs}
+    return tuple(
+        Trial(n, adapters=storage.join(place, "adapters"), evaluation=storage.join(place, "evaluation"))
+        for n, place in places.items()
+    )
 
 
 def trial_items(
@@ -49,8 +53,7 @@ def trial_items(
     items: list[Item] = []
     sample = sample_of(opened, groups, served)
     for trial in trials:
-        place = _folder(opened, label, trial.epochs)
-        tried = tuple(replace(g, folder=storage.join(place, "adapters", g.name)) for g in sample)
+        tried = tuple(replace(g, folder=storage.join(trial.adapters, g.name)) for g in sample)
         name = f"try/{label}-{trial.epochs}"
         training = make_item(f"{name}/train", tried, trial.epochs, after)
         waits = frozenset({training.id})
@@ -84,7 +87,3 @@ def spread(values: Sequence[T], most: int) -> list[T]:
     if len(values) <= most:
         return list(values)
     return [values[i * len(values) // most] for i in range(most)]
-
-
-def _folder(opened: Opened, label: str, epochs: int) -> str:
-    return storage.join(opened.project.shared_folder(), "tries", f"{label}-{epochs}")

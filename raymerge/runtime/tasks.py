@@ -49,9 +49,10 @@ class TrainGroup:
 
 @dataclass(frozen=True)
 class Trial:
-    """A number of epochs that was tried, and the folder of the evaluation on validation examples."""
+    """A number of epochs that was tried: folders of its adapters, and of their evaluation on validation examples."""
 
     epochs: int
+    adapters: str
     evaluation: str
 
 

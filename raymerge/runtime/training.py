@@ -13,7 +13,7 @@ from raymerge.adapters import LoraAdapter
 from raymerge.adapters.peft import encode_adapter
 from raymerge.errors import ModelError
 from raymerge.evaluation.wording import cut
-from raymerge.manifest import invalidate, is_complete, write_artefact
+from raymerge.manifest import invalidate, is_complete, read_manifest, write_artefact
 from raymerge.models.training import GroupProgress, Trained, TrainingGroup, learning_rate, train
 from raymerge.personas import Example, read_personas, render_prompt
 from raymerge.runtime.experts import first_line
@@ -38,6 +38,8 @@ def train_to_folders(task: TrainTask, worker: Any) -> dict[str, Any]:
     if not missing:
         _clear(task, checkpoints)
         return {"skipped": True}
+    if _publish_tried(task, inputs):
+        return {"skipped": False, "adapters": 1}
     if task.training.get("tensorboard"):
         check_tensorboard()
     for group in task.groups:
@@ -64,6 +66,25 @@ def train_to_folders(task: TrainTask, worker: Any) -> dict[str, Any]:
         recorder.close()
     _clear(task, checkpoints)
     return recorder.result()
+
+
+def _publish_tried(task: TrainTask, inputs: TrainingInputs) -> bool:
+    """Whether the trial that was chosen made the very adapter that is wanted: then it is copied.
+
+    Of an item of many adapters none is, since the others would be trained in other company.
+    """
+    trial = next((t for t in task.trials if inputs.choice is not None and t.epochs == inputs.choice.chosen), None)
+    if trial is None or len(task.groups) > 1 or inputs.choice is None:
+        return False
+    [group] = task.groups
+    key, place = inputs.groups[group.name].key, storage.join(trial.adapters, group.name)
+    manifest = read_manifest(place)
+    if manifest is None or not is_complete(place, key):
+        return False
+    files = {name: storage.read_bytes(storage.join(place, name)) for name in manifest["files"]}
+    kept = {name: value for name, value in manifest.items() if name not in ("files", "key")}
+    write_artefact(group.folder, files, {**kept, "epochs_chosen": inputs.choice.as_record()}, key)
+    return True
 
 
 def _with_persona(error: ModelError, inputs: TrainingInputs) -> ModelError:

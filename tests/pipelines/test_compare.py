@@ -132,11 +132,11 @@ def test_an_adapter_from_elsewhere_leaves_the_whole_unknown(project: Project) ->
 
 def test_adapters_that_a_run_trained_for_itself_are_its_steps_not_their_experts(project: Project) -> None:
     root = Path(project.workspace)
-    places = {p: (p, f"runs/neighbours/adapters/{p}") for p in PERSONAS}
+    places = {p: (p, f"runs/neighbours/trained/{p}") for p in PERSONAS}
     recipe = {"strategy": "neighbours_trained"}
     folder = write_run(root, "neighbours", recipe, {p: list(PERSONAS) for p in PERSONAS}, places)
     for persona in PERSONAS:
-        trained(folder / "adapters" / persona, "neighbours", 7, 5)
+        trained(folder / "trained" / persona, "neighbours", 7, 5)
     shared = root / "runs" / "_shared" / "timings.jsonl"
     more = {"item": "train/neighbours/0000", "seconds": 300, "adapters": list(PERSONAS)}
     shared.write_text(shared.read_text() + json.dumps(more) + "\n")

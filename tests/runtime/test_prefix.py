@@ -85,7 +85,7 @@ def test_epochs_are_chosen_by_their_trials(
         Path(folder).mkdir(parents=True)
         Path(folder, "summary.json").write_text(json.dumps({"mean": {"similarity": epochs / 10}}))
         Path(folder, "manifest.json").write_text(json.dumps({"key": "k", "files": {}, "persona": persona}))
-        trials.append(Trial(epochs, folder))
+        trials.append(Trial(epochs, f"{folder}-adapters", folder))
     chosen = replace(task, training={**TRAINING, "epochs": [1, 2]}, trials=tuple(trials))
     worker.train_prefixes(chosen)
     manifest = read_manifest(task.groups[0].folder)

@@ -208,12 +208,33 @@ def test_what_is_there_of_other_settings_is_unfinished_while_it_is_trained_anew(
     assert all(is_unfinished(group.folder) for group in task.groups)
 
 
+def test_an_adapter_that_the_chosen_trial_made_is_not_trained_again(tmp_path, worker, monkeypatch):
+    trials = []
+    for epochs, similarity in ((1, 0.2), (2, 0.4)):
+        task = make_task(tmp_path / f"try-{epochs}", epochs=epochs)
+        [group] = task.groups[:1]
+        adapters = str(tmp_path / f"try-{epochs}" / "adapters")
+        worker.train(replace(task, groups=(replace(group, folder=f"{adapters}/{group.name}"),)))
+        folder = str(tmp_path / "tried" / str(epochs))
+        write_artefact(folder, {"summary.json": storage.encode_json({"mean": {"similarity": similarity}})}, {}, "key")
+        trials.append(Trial(epochs, adapters, folder))
+    task = make_task(tmp_path / "item", epochs=(1, 2))
+    task = replace(task, groups=task.groups[:1], trials=tuple(trials))
+    monkeypatch.setattr("raymerge.runtime.training.train", lambda *_: pytest.fail("trained again"))
+    worker.train(task)
+    [group] = task.groups
+    made, tried = read_manifest(group.folder), read_manifest(f"{trials[1].adapters}/{group.name}")
+    assert made["files"] == tried["files"]
+    assert made["epochs_chosen"] == {"tried": {"1": 0.2, "2": 0.4}, "chosen": 2}
+    assert worker.train(task)["skipped"]
+
+
 def test_tried_epochs_make_the_adapter_of_the_number_that_was_chosen(tmp_path, worker):
     trials = []
     for epochs, similarity in ((1, 0.2), (2, 0.4), (4, 0.3)):
         folder = str(tmp_path / "tried" / str(epochs))
         write_artefact(folder, {"summary.json": storage.encode_json({"mean": {"similarity": similarity}})}, {}, "key")
-        trials.append(Trial(epochs, folder))
+        trials.append(Trial(epochs, f"{folder}-adapters", folder))
     task = make_task(tmp_path / "item", epochs=(1, 2, 4))
     worker.train(replace(task, trials=tuple(trials)))
     worker.train(make_task(tmp_path / "plain", epochs=2))

@@ -95,7 +95,7 @@ def evaluate(folder, mean: float | None) -> str:
 @given(st.dictionaries(st.integers(1, 50), st.sampled_from([0.1, 0.2, 0.3, None]), min_size=2, max_size=5))
 def test_the_best_trial_is_chosen_and_the_smaller_number_of_equals(tmp_path_factory, means):
     folder = tmp_path_factory.mktemp("trials")
-    trials = tuple(Trial(epochs, evaluate(folder / str(epochs), mean)) for epochs, mean in means.items())
+    trials = tuple(Trial(epochs, "", evaluate(folder / str(epochs), mean)) for epochs, mean in means.items())
     task = make_task(epochs=tuple(means), trials=trials)
     there = {epochs: mean for epochs, mean in means.items() if mean is not None}
     if not there:
@@ -112,8 +112,8 @@ def test_the_best_trial_is_chosen_and_the_smaller_number_of_equals(tmp_path_fact
 
 
 def test_an_unfinished_trial_does_not_take_part(tmp_path):
-    trials = tuple(Trial(n, evaluate(tmp_path / str(n), n / 10)) for n in (4, 8))
-    task = make_task(epochs=(4, 8, 16), trials=(*trials, Trial(16, str(tmp_path / "none"))))
+    trials = tuple(Trial(n, "", evaluate(tmp_path / str(n), n / 10)) for n in (4, 8))
+    task = make_task(epochs=(4, 8, 16), trials=(*trials, Trial(16, "", str(tmp_path / "none"))))
     assert choose_epochs(task).chosen == 8
     (tmp_path / "8" / "summary.json").write_text("{")
     assert choose_epochs(task).chosen == 4

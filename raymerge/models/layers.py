@@ -73,13 +73,19 @@ def wrap(module: Any, adapt: Callable[[Forward, Tensor], Tensor]) -> Callable[[]
 
     x comes where the weight lies: a head that shares its GPU with the embedding is given what another GPU computed.
     """
-    attributes = module.__dict__
     place = module.weight.device
-    previous = attributes.get("forward")
     original = module.forward
 
     def forward(x: Tensor) -> Tensor:
         return adapt(original, x.to(place))
+
+    return replace_forward(module, forward)
+
+
+def replace_forward(module: Any, forward: Callable[..., Any]) -> Callable[[], None]:
+    """Let `forward` answer for a module; returns what puts the module back."""
+    attributes = module.__dict__
+    previous = attributes.get("forward")
 
     def restore() -> None:
         if previous is None:

@@ -24,6 +24,7 @@ from raymerge import storage
 from raymerge.adapters.formats import CONFIG, check_finished
 from raymerge.adapters.peft import WEIGHTS
 from raymerge.errors import AdapterError, ModelError, StorageError, UnsupportedAdapterError
+from raymerge.models.layers import replace_forward
 
 TENSOR = "prompt_embeddings"  # its name in PEFT's file
 
@@ -223,8 +224,6 @@ class _Active:
 
 def _wrap_decoder(decoder: Any, active: Callable[[], _Active | None]) -> Callable[[], None]:
     """Let what is active extend a decoder's forward pass; returns what puts the decoder back."""
-    attributes = decoder.__dict__
-    previous = attributes.get("forward")
     original = decoder.forward
     signature = inspect.signature(original)
 
@@ -237,11 +236,4 @@ def _wrap_decoder(decoder: Any, active: Callable[[], _Active | None]) -> Callabl
         tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
         return original(**now.extended(given, tokens.shape[1], "position_ids" in signature.parameters))
 
-    def restore() -> None:
-        if previous is None:
-            del attributes["forward"]
-        else:
-            attributes["forward"] = previous
-
-    attributes["forward"] = forward
-    return restore
+    return replace_forward(decoder, forward)

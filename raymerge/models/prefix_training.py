@@ -20,6 +20,7 @@ from raymerge.models.answers import AnswerHead, TokenRow, encode_rows, pad_right
 from raymerge.models.base import BaseModel
 from raymerge.models.prefix import Prefix, Prefixes, check_room
 from raymerge.models.training import TrainingGroup, TrainingSettings, batch_order, learning_rate
+from raymerge.models.training.memory import ran_out
 
 # Tokens of one step, those of the prefixes included: large products that stay in the caches of a CPU.
 _TOKENS = {"cpu": 4096, "cuda": 32768}
@@ -114,7 +115,7 @@ def _train_chunk(
     )
     orders = [batch_order(len(rows), settings) for rows in encoded.values()]
     losses: list[list[Tensor]] = [[] for _ in embeddings]
-    gradients = _Gradients(base, embeddings, settings.micro_batch)
+    gradients = _Gradients(base, embeddings, settings.micro_batch and settings.micro_batch * len(embeddings))
     try:
         for step in range(max(map(len, orders))):
             batches = {
@@ -156,11 +157,14 @@ class _Gradients:
             width = self.at_once or len(rows)
             try:
                 return self._accumulated(list(batches), rows, width)
-            except torch.OutOfMemoryError as error:
+            except (RuntimeError, MemoryError) as error:
+                if not ran_out(error):
+                    raise
                 if width == 1:
                     raise ModelError(f"training a prefix: memory does not hold one row.\n{error}") from error
                 self.at_once = math.ceil(min(width, len(rows)) / 2)
-            torch.cuda.empty_cache()  # here, where no traceback holds the tensors of the failed pass
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # here, where no traceback holds the tensors of the failed pass
 
     def _accumulated(self, numbers: Sequence[int], rows: Sequence[tuple[int, TokenRow]], width: int) -> Tensor:
         for own in self.embeddings:

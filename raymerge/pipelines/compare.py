@@ -174,7 +174,8 @@ def _assigned(project: Project, folder: str) -> dict[str, str]:
 
 def _merged(project: Project, shared: Mapping[str, Timing], name: str, adapters: Mapping[str, str]) -> float | None:
     folder = project.run_folder(name)
-    merges = [f"merge/{name}/{a}" for a, place in adapters.items() if place.startswith(storage.join(folder, ""))]
+    written = storage.join(folder, "adapters", "")
+    merges = [f"merge/{name}/{a}" for a, place in adapters.items() if place.startswith(written)]
     if not merges and any(item.startswith(f"train/{name}/") for item in shared):
         return 0.0
     return _seconds(read_timings(folder), merges)

@@ -112,7 +112,8 @@ def answering_of(
 ) -> dict[str, Answering]:
     """Persona -> what answers for it."""
     anchor = maker_of(opened.project, recipe.anchor, trained)
-    base = base_location(opened.project)
+    base, workspace = base_location(opened.project), opened.project.workspace
+    as_it_is = AnswerSource("", "adapter", base=base, anchor=recipe.anchor, workspace=workspace)
     found = {}
     for group in table.groups():
         task = merges.tasks.get(group.adapter) if group.experts else None
@@ -122,19 +123,23 @@ def answering_of(
             waits = anchor | makers_of([e.location for e in task.experts], trained)
         else:
             waits = makers_of([merges.as_they_are.get(group.adapter, "")], trained)
+            waits |= anchor if in_memory and group.experts else frozenset()  # what tuning measures them from
         for persona in group.personas:
-            found[persona] = Answering(_source(recipe, persona, group, merges, in_memory, base), waits)
+            source = _source(recipe, replace(as_it_is, persona=persona), group, merges, in_memory)
+            found[persona] = Answering(source, waits)
     return found
 
 
-def _source(
-    recipe: Recipe, persona: str, group: MergeGroup, merges: Merges, in_memory: bool, base: str | None
-) -> AnswerSource:
+def _source(recipe: Recipe, as_it_is: AnswerSource, group: MergeGroup, merges: Merges, in_memory: bool) -> AnswerSource:
+    """as_it_is: an adapter of the persona that is not merged, where it lies left open."""
+    persona = as_it_is.persona
     if not group.experts:
         return AnswerSource(persona, "base")
     if group.adapter in merges.as_they_are:
         place = merges.as_they_are[group.adapter]
-        return AnswerSource(persona, "prefix" if merges.prefixes else "adapter", location=place, base=base)
+        if merges.prefixes:
+            return AnswerSource(persona, "prefix", location=place)
+        return replace(as_it_is, location=place)
     task = merges.tasks[group.adapter]
     if not in_memory:
         return AnswerSource(persona, "adapter", location=task.folder)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raymerge import storage
 from raymerge.adapters import LoraAdapter
 from raymerge.adapters.formats import adapter_digest
 from raymerge.errors import AdapterError, MergeError, ModelError, StorageError
@@ -16,6 +17,7 @@ from raymerge.merging.merge import mixture_weights
 from raymerge.models.layers import linear_modules
 from raymerge.models.multilora import check_fits
 from raymerge.models.prefix import Prefix, check_prefix, read_prefix
+from raymerge.runtime.bases import describe
 from raymerge.runtime.experts import ExpertCache, MergeInputs, build, find_inputs, first_line, read_anchor
 from raymerge.runtime.tasks import AnswerSource, MergeTask
 
@@ -70,23 +72,38 @@ class Resident:
         return shares
 
 
-def source_digests(sources: Sequence[AnswerSource]) -> tuple[dict[str, Any], dict[str, str]]:
-    """What decides each persona's answers, by digest; and personas without a usable source -> why."""
+def source_digests(sources: Sequence[AnswerSource], *, anchors: bool = False) -> tuple[dict[str, Any], dict[str, str]]:
+    """What decides each persona's answers, by digest; and personas without a usable source -> why.
+
+    anchors: as of `load_sources`.
+    """
     digests: dict[str, Any] = {}
     failed: dict[str, str] = {}
     for source in sources:
         try:
-            digests[source.persona] = _digest(source)
+            digests[source.persona] = _digest(source, anchors)
         except UNUSABLE as error:
             digests[source.persona] = None
             failed[source.persona] = first_line(error)
     return digests, failed
 
 
-def _digest(source: AnswerSource) -> Any:
+def _digest(source: AnswerSource, anchors: bool) -> Any:
     if source.location is not None:
-        return adapter_digest(source.location)
+        own, anchor = adapter_digest(source.location), _anchor_location(source) if anchors else None
+        return own if anchor is None else [own, adapter_digest(anchor, "anchor")]
     return [source.kind, find_inputs(source.merge).key] if source.merge is not None else source.kind
+
+
+def _anchor_location(source: AnswerSource) -> str | None:
+    """Where the anchor lies of an adapter that is used as it is; None for the base."""
+    if source.kind != "adapter" or source.location is None or source.anchor in (None, "none"):
+        return None
+    named = source.anchor
+    if named == "auto":
+        digest = adapter_digest(source.location, source.persona)
+        named = describe(source.location, source.persona, digest).started_from
+    return storage.resolve(source.workspace, named) if named else None
 
 
 def load_sources(
@@ -95,7 +112,7 @@ def load_sources(
     """Read or merge what answers, each once; and personas for whom that failed -> why.
 
     model: the base model, which everything must fit. new_tokens: of an answer, for which a prefix must leave room.
-    anchors: whether merges are to be scaled, so that what they were measured from must be resident too.
+    anchors: whether adapters and merges are to be scaled, so that what they are measured from must be resident too.
     """
     loader = _Loader(cache, model, new_tokens, anchors)
     answerers: dict[str, Answerer] = {}
@@ -128,7 +145,11 @@ class _Loader:
             return Answerer(prefix=self._add_prefix(source.location, source.persona))
         if source.location is not None:
             adapter = self.cache.read(source.persona, source.location, base=source.base)
-            return Answerer({self._add(source.location, adapter): 1.0})
+            place = _anchor_location(source) if self.anchors else None
+            own = self._add(source.location, adapter)
+            if place is None:
+                return Answerer({own: 1.0})
+            return Answerer({own: 1.0}, anchor=self._add(place, self.cache.read("anchor", place, base=source.base)))
         if source.merge is None:
             return Answerer()
         inputs = find_inputs(source.merge)

@@ -109,7 +109,9 @@ class Retrieval:
 class AnswerSource:
     """What answers for one persona: an adapter or a prefix in a folder, a merge made in memory, a mixture, or the base.
 
-    base: where the base model lies, for an adapter in a folder that is DoRA.
+    base: where the base model lies, for an adapter in a folder that is DoRA. anchor: what such an adapter is measured
+    from where it is multiplied, as recipes name it (`auto`, `none`, a location); None for the base. workspace: as of a
+    MergeTask.
     """
 
     persona: str
@@ -117,6 +119,8 @@ class AnswerSource:
     location: str | None = None
     merge: MergeTask | None = None
     base: str | None = None
+    anchor: str | None = None
+    workspace: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,9 @@
 """A tuning item on a model worker: candidates answer the same validation examples, and only similarities go back.
 
-No adapter is written. What candidates have in common is merged once: a factor is the weight of a mixture.
+No adapter is written. What candidates have in common is merged once: a factor f is the weight of a mixture, and what
+has an anchor is answered as anchor + f (own - anchor), of adapters that are used as they are too: at any factor but 1
+these are published as such a merge. Nothing is compressed for f: at rank `keep` the merge loses a part of it, since
+adapter and anchor together have more rank than the adapter; at rank `exact`, or without an anchor, it loses nothing.
 """
 
 from __future__ import annotations
@@ -76,7 +79,7 @@ def share(candidates: Sequence[Candidate]) -> list[Shared]:
     for candidate in candidates:
         same = next((g for g in groups if g.sources == candidate.sources), None)
         if same is None:
-            digests, failed = source_digests(candidate.sources)
+            digests, failed = source_digests(candidate.sources, anchors=True)
             same = next((g for g in groups if (g.digests, g.failed) == (digests, failed)), None)
             if same is None:
                 same = Shared(candidate.sources, digests, failed, [])

@@ -1,12 +1,13 @@
 """Trainings that begin from an adapter, and merges around an anchor."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from raymerge.adapters import load_adapter
+from raymerge.adapters import load_adapter, save_adapter
 from raymerge.errors import AdapterError, ProjectError
 from raymerge.pipelines.merge import merge
 from raymerge.pipelines.opening import open_project
@@ -14,7 +15,7 @@ from raymerge.pipelines.run import run
 from raymerge.pipelines.steps import Plan, Steps
 from raymerge.pipelines.train import train
 from raymerge.pipelines.trainings import all_groupings
-from tests.pipelines.conftest import NAMES
+from tests.pipelines.conftest import NAMES, make_adapter
 
 OWN = {"own": {"strategy": "own"}, "unified": {"strategy": "unified"}}
 
@@ -75,6 +76,34 @@ def test_a_merge_waits_for_its_anchor(project):
     assert items["merge/avg/all"].after == {"train/unified"}
     in_memory = Plan(opened, Steps(train=("unified",), evaluate=True)).first()
     assert next(i for i in in_memory if i.id.startswith("evaluate/")).after == {"train/unified"}
+
+
+def test_adapters_from_a_start_are_tuned_as_they_are_published(project):
+    """Each factor's similarity in tuning is that of the written merge start + f (own - start), and own itself at 1."""
+    folder = Path(project).parent
+    save_adapter(make_adapter("start", 77), str(folder / "start"))
+    for name in NAMES:
+        place = str(folder / "adapters" / name)
+        save_adapter(replace(load_adapter(place), started_from="start"), place)
+    own = {"strategy": "own", "rank": "exact"}
+    fixed = {f"at_{f}": {**own, "scale": {"match_norm": f}} for f in (0.5, 1, 3)}
+    evaluation = {"scales": [0.5, 1, 3], "personas_per_item": 4, "batch_size": 4, "split": "validation"}
+    change(project, recipes={**fixed, "own": {**own, "scale": "tuned"}}, evaluation=evaluation)
+    assert run(project, local=True) == 0
+    told = json.loads((folder / "runs/own/tuning/tuning.json").read_text())
+    for one in told["tried"]:
+        run_folder = folder / f"runs/at_{one['factor']:g}"
+        summary = json.loads((run_folder / "evaluation/summary.json").read_text())
+        assert one["similarity"] == pytest.approx(100 * summary["mean"]["similarity"], abs=1e-3)
+        assert (run_folder / "adapters/p0").exists() == (one["factor"] != 1)
+    assert len({one["similarity"] for one in told["tried"]}) == 3
+
+
+def test_tuning_waits_for_what_adapters_are_measured_from(project):
+    change(project, recipes={"own": {"strategy": "own", "scale": "tuned", "anchor": "./unified"}})
+    steps = Steps(train=("unified",), merge=True, evaluate=True)
+    items = {item.id: item for item in Plan(open_project(project), steps).first()}
+    assert items["tune/own/0000"].after == {"train/unified"}
 
 
 def test_a_persona_without_training_examples_stops_nobody(project, capsys):

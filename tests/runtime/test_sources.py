@@ -12,6 +12,7 @@ from raymerge.adapters import LoraAdapter, load_adapter, save_adapter
 from raymerge.errors import ModelError
 from raymerge.merging.merge import merge
 from raymerge.models.multilora import MultiLora
+from raymerge.runtime.experts import merge_to_folder
 from raymerge.runtime.sources import Answerer, load_sources, source_digests
 from raymerge.runtime.tasks import AnswerSource, MergeTask
 from raymerge.runtime.workers import ModelWorker
@@ -79,6 +80,48 @@ def test_from_an_anchor_a_factor_multiplies_what_is_beyond_it(
             wanted = merge(adapters, [0.7, 0.3], rank="exact", scale=at, anchor=anchor)
         found = logits(worker, resident.adapters, dict(resident.answerers["ada"].scaled(factor).weights))
         assert torch.allclose(found, logits(worker, (wanted,), {0: 1.0}), atol=1e-4)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.6, 1.0, 1.7])
+@pytest.mark.parametrize("anchor", ["auto", "none", "adapters/start"])
+@pytest.mark.parametrize("started", [True, False])
+def test_an_adapter_at_a_factor_is_the_merge_that_it_becomes(
+    factor: float, anchor: str, started: bool, worker: ModelWorker, saved: Callable[..., str], tmp_path: Path
+) -> None:
+    """What tuning answers with against the real merge of one expert at that scale, as a run writes it."""
+    saved("start", 9)
+    own = saved("own", 1, **({"started_from": "adapters/start"} if started else {}))
+    asked = replace(source("ada", "adapter", own), anchor=anchor, workspace=str(tmp_path))
+    resident = load(worker, asked)
+    task = merge_task("m", [("own", own, 1.0)], tmp_path, scale=factor or 1.0, rank="exact", anchor=anchor)
+    merge_to_folder(task, worker.cache)
+    wanted = load_adapter(task.folder)
+    anchored = anchor == "adapters/start" or (anchor == "auto" and started)
+    if factor == 0.0:
+        modules = load_adapter(str(tmp_path / "adapters" / "start")).modules
+        wanted = replace(wanted, modules={p: replace(m, scaling=float(anchored)) for p, m in modules.items()})
+    found = logits(worker, resident.adapters, dict(resident.answerers["ada"].scaled(factor).weights))
+    assert torch.allclose(found, logits(worker, (wanted,), {0: 1.0}), atol=1e-4)
+    assert len(resident.adapters) == 1 + anchored
+    assert len(load(worker, asked, anchors=False).adapters) == 1
+
+
+def test_what_an_adapter_is_measured_from_decides_only_where_it_is_scaled(
+    saved: Callable[..., str], tmp_path: Path
+) -> None:
+    saved("start", 9)
+    own = saved("own", 1, started_from="adapters/start")
+    plain = source("ada", "adapter", own)
+    asked = replace(plain, anchor="auto", workspace=str(tmp_path))
+    before, alone = source_digests([asked], anchors=True), source_digests([asked])
+    assert alone == source_digests([plain], anchors=True)
+    assert before != alone
+    saved("start", 10)
+    assert source_digests([asked], anchors=True) != before
+    assert source_digests([asked]) == alone
+    missing = replace(asked, anchor="adapters/nowhere")
+    assert source_digests([missing], anchors=True)[1].keys() == {"ada"}
+    assert source_digests([missing])[1] == {}
 
 
 def test_one_merge_serves_all_who_share_it(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +219,44 @@ def test_what_chooses_on_validation_rows_cannot_without_them(clean, training):
     assert section(checked(clean), "splits").sign == "warn"
     change(clean, training=training)
     assert "bad: nobody has validation rows" in texts(checked(clean), "splits")
+
+
+CHOOSING = {
+    "several epochs": {"training": {"epochs": [2, 4], "rank": 2}},
+    "tuned": {"recipes": {"t": {"strategy": "cluster_average", "scale": "tuned"}}},
+    "selective": {"recipes": {"base": {"strategy": "base"}, "own": {"strategy": "own"},
+                              "s": {"strategy": "selective", "among": ["base", "own"]}}},
+    "own epochs": {"recipes": {"p": {"strategy": "prefix", "tokens": 4, "epochs": [1, 2]}}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CHOOSING)
+def test_one_without_validation_rows_is_left_out_and_only_nobody_is_bad(clean, what):
+    change(clean, **CHOOSING[what])
+    file = Path(clean).parent / "personas.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for left_out, sign in (("p3",), "warn"), ((f"p{i}" for i in range(6)), "bad"):
+        without = set(left_out)
+        kept = [row for row in lines if row["split"] != "validation" or row["persona"] not in without]
+        file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        found = checked(clean)
+        assert section(found, "splits").sign == sign
+        assert (found.exit_status == 2) == (sign == "bad")
+
+
+def test_patience_needs_validation_rows_of_everybody_whose_own_adapter_is_to_be_trained(clean):
+    folder = Path(clean).parent
+    change(clean, training={"patience": 2, "rank": 2})
+    lines = [json.loads(line) for line in (folder / "personas.jsonl").read_text().splitlines()]
+    kept = [row for row in lines if (row["persona"], row["split"]) != ("p3", "validation")]
+    (folder / "personas.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    assert section(checked(clean), "splits").sign == "warn"  # its adapter is there
+    shutil.rmtree(folder / "adapters" / "p3")
+    found = checked(clean)
+    assert "bad: without validation rows: p3 (1 persona), and training.patience" in texts(found, "splits")
+    assert found.exit_status == 2
+    change(clean, recipes={"unified": {"strategy": "unified"}})
+    assert section(checked(clean), "splits").sign == "warn"  # the others' rows stop it
 
 
 # The model

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from raymerge.personas import SPLITS, Personas, Split
+from raymerge.pipelines.checking.adapters import is_there
 from raymerge.pipelines.checking.finding import Finding, Section, Sign, counted, listed
 from raymerge.pipelines.opening import Opened
+from raymerge.pipelines.own_trainings import settings_of
+from raymerge.pipelines.planning import TRAINS_ITS_OWN
+from raymerge.pipelines.trainings import all_groupings
 
 FEW = 5  # training rows below which an adapter learns little
 
@@ -54,20 +58,44 @@ def _lacking(opened: Opened, personas: Personas, split: Split) -> Finding | None
         return Finding(sign, text, f"nothing of theirs is scored; add rows with split {split}")
     if split == "test":
         return None
-    return _without_validation(opened, text, everybody)
+    return _without_validation(opened, text, missing, everybody)
 
 
-def _without_validation(opened: Opened, text: str, everybody: bool) -> Finding:
-    """What chooses on validation examples cannot, where there are none."""
-    training = opened.project.training
-    needs = []
-    if training.patience is not None:
-        needs.append("training.patience stops on them")
-    epochs = training.epochs.values() if isinstance(training.epochs, dict) else [training.epochs]
-    if any(isinstance(tried, tuple) for tried in epochs):
-        needs.append("several epochs are chosen among on them")
-    if needs:
+def _without_validation(opened: Opened, text: str, missing: Sequence[str], everybody: bool) -> Finding:
+    """What chooses on validation examples leaves out who has none; it cannot where nobody has any. Early stopping of
+    personas' own adapters is the exception: each looks at its own rows."""
+    needs = [need for need, is_asked in _needs(opened).items() if is_asked]
+    if everybody and needs:
         return Finding("bad", f"{text}, and {' and '.join(needs)}", "add rows with split validation, or leave that out")
+    stopped = _stopped_alone(opened, missing)
+    if stopped:
+        who = f"{listed(stopped)} ({counted(len(stopped), 'persona')})"
+        text = f"without validation rows: {who}, and training.patience stops each persona's own adapter on them"
+        return Finding("bad", text, "add rows with split validation for them, or leave patience out")
     if not everybody:
         return Finding("warn", text, "recipes are chosen without them")
     return Finding("warn", text, "recipes are chosen on test rows then, with wider intervals: add validation rows")
+
+
+def _needs(opened: Opened) -> dict[str, bool]:
+    """What cannot be done if nobody has validation rows, and whether the project asks for it."""
+    recipes = opened.recipes.values()
+    own = [recipe for recipe in recipes if recipe.strategy in TRAINS_ITS_OWN]
+    of_groupings = [opened.project.training.of(grouping) for grouping in all_groupings(opened)]
+    trainings = [*of_groupings, *(settings_of(opened, recipe) for recipe in own)]
+    stops = of_groupings or any(recipe.strategy != "prefix" for recipe in own)  # prefixes are not stopped early
+    return {
+        "training.patience stops on them": opened.project.training.patience is not None and bool(stops),
+        "several epochs are chosen among on them": any(len(settings.choices) > 1 for settings in trainings),
+        "tuned recipes are chosen on them": any(recipe.tuned for recipe in recipes),
+        "selective recipes choose on them": any(recipe.strategy == "selective" for recipe in recipes),
+    }
+
+
+def _stopped_alone(opened: Opened, missing: Sequence[str]) -> list[str]:
+    """Those of them whose own adapter is still to be trained, with early stopping."""
+    project = opened.project
+    if project.training.patience is None or "persona" not in all_groupings(opened):
+        return []
+    trainable = set(opened.trainable)
+    return [name for name in missing if name in trainable and not is_there(project.adapter_location(name))]

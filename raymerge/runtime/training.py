@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections import Counter
@@ -165,7 +166,7 @@ class Recorder:
         """See models.training.Watch."""
         name = trained.adapter.name
         if trained.diverged:
-            self._failed[name] = f"{name}: training diverged: its loss became NaN. Lower the learning rate."
+            self._failed[name] = f"{name}: training diverged: its loss or a factor became NaN. Lower the learning rate."
             return
         self._finished.append(name)
         if name in self._missing:
@@ -237,16 +238,19 @@ class Recorder:
 
     def _manifest(self, group: TrainGroup, trained: Trained) -> dict[str, Any]:
         choice = self._inputs.choice
+        # where the best was kept and a later step diverged, that step has no loss that JSON could hold
+        losses = [round(loss, 6) for loss in trained.losses if math.isfinite(loss)]
+        validation = [[step, round(loss, 6)] for step, loss in trained.validation if math.isfinite(loss)]
         return {
             "name": group.name,
             "grouping": self._task.grouping,
             "personas": list(group.personas),
             "training": dict(self._inputs.training),
             "base_digest": self._task.base_digest,
-            "losses": [round(loss, 6) for loss in trained.losses],
-            "validation": [[step, round(loss, 6)] for step, loss in trained.validation],
+            "losses": losses,
+            "validation": validation,
             "best_step": trained.best_step,
-            "steps": len(trained.losses),
+            "steps": len(losses),
             "tokens": trained.tokens,
             "epochs_chosen": None if choice is None else choice.as_record(),
         }

@@ -1,8 +1,11 @@
 """Many adapters trained at once are what training each alone gives, and what the libraries themselves would give."""
 
-from collections.abc import Callable
+import math
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +19,10 @@ from raymerge.models.answers import encode_rows, pad_right
 from raymerge.models.base import BaseModel
 from raymerge.models.generation import score_references
 from raymerge.models.multilora import MultiLora
+from raymerge.models.stacked import Rows
 from raymerge.models.training import TrainingGroup, TrainingSettings, batch_order, learning_rate, train
 from raymerge.models.training.beginning import first_factors
+from raymerge.models.training.optimiser import update
 from tests.models.training_groups import SETTINGS, group, relative
 
 
@@ -143,6 +148,35 @@ def test_a_diverged_adapter_leaves_the_others_alone(base: BaseModel, monkeypatch
     monkeypatch.undo()
     assert relative(good.adapter, train(base, groups[:1], settings)[0].adapter) < 1e-4
     assert not alone.diverged
+
+
+def test_an_adapter_whose_last_update_is_not_finite_has_diverged(base: BaseModel) -> None:
+    chosen = replace(SETTINGS, epochs=1, learning_rate=1e38, clip=1e30)
+    (result,) = train(base, [group("p0", 4)], chosen)
+    assert len(result.losses) == 1
+    assert math.isfinite(result.losses[0])
+    assert result.diverged
+
+
+def test_what_was_best_before_a_training_diverged_is_kept(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, chosen = group("p0", 8, validation=3), replace(SETTINGS, learning_rate=1e-3, patience=9)
+    wanted = train(base, [one], chosen)[0].validation[0]
+
+    def poisoned(stack: Sequence[Rows], steps: Sequence[int], *others: Any) -> None:
+        update(stack, steps, *others)
+        if steps[0] == 2:
+            for rows in stack:
+                rows.factors.fill_(math.nan)
+                rows.refresh()
+
+    monkeypatch.setattr(sys.modules["raymerge.models.training.train"], "update", poisoned)  # train is a function too
+    (result,) = train(base, [one], chosen)
+    assert len(result.losses) == 4
+    assert math.isnan(result.losses[-1])
+    assert (result.best_step, result.validation) == (2, (wanted,))
+    assert not result.diverged
+    (last,) = train(base, [one], replace(chosen, patience=None))
+    assert last.diverged
 
 
 def test_shared_and_separate_beginnings(base: BaseModel) -> None:

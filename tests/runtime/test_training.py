@@ -188,8 +188,15 @@ def test_what_diverged_is_named_and_not_written(tmp_path, worker):
     task = make_task(tmp_path, learning_rate=1e38, clip=1e30)
     result = worker.train(task)
     assert sorted(result["failed"]) == list(ROWS)
-    assert result["failed"]["c"] == "c: training diverged: its loss became NaN. Lower the learning rate."
+    assert result["failed"]["c"] == "c: training diverged: its loss or a factor became NaN. Lower the learning rate."
     assert result["adapters"] == 0
+    assert not (tmp_path / "adapters").exists()
+
+
+def test_an_adapter_whose_last_update_diverged_is_not_written(tmp_path, worker):
+    task = make_task(tmp_path, "cluster", epochs=1, batch_size=64, learning_rate=1e38, clip=1e30)
+    result = worker.train(task)
+    assert (list(result["failed"]), result["adapters"]) == (["cluster_00"], 0)
     assert not (tmp_path / "adapters").exists()
 
 

@@ -85,8 +85,14 @@ class Trained:
 
     @property
     def diverged(self) -> bool:
-        """Whether a loss was NaN or infinite: such an adapter must not be used. It stopped at that step."""
-        return not all(math.isfinite(loss) for loss in self.losses)
+        """Whether the adapter must not be used: a factor is NaN or infinite, or a loss was, at which it stopped.
+
+        Where the best of earlier steps was kept, a loss of later ones says nothing about it.
+        """
+        modules = self.adapter.modules.values()
+        if not all(bool(factor.isfinite().all()) for module in modules for factor in (module.A, module.B)):
+            return True
+        return self.best_step is None and not all(math.isfinite(loss) for loss in self.losses)
 
 
 @dataclass(frozen=True)

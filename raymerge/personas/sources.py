@@ -8,6 +8,7 @@ from functools import lru_cache
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from raymerge.config import PersonaSource, Project, SplitNames, SplitShares
 from raymerge.errors import PersonaError
@@ -69,13 +70,21 @@ def _with_splits(table: pa.Table, shares: SplitShares, path: str) -> pa.Table:
         places = hashed_shares(table["persona"].to_pylist(), table["prompt"].to_pylist(), shares)
     else:
         times = table["time"].to_numpy() if shares.by == "time" else None
-        places = last_shares(ranks(table["persona"]), times, shares.validation, shares.test)
+        pairs = _codes(table["prompt"]) * len(table) + _codes(table["response"])
+        places = last_shares(ranks(table["persona"]), times, shares.validation, shares.test, pairs)
     if not (places == 0).any():
         raise PersonaError(
             f"{path}: the shares of its splits leave nobody with training rows: {len(table)} rows, validation "
             f"{shares.validation:g}, test {shares.test:g}.\nLower them, or give another seed or `by: order`."
         )
     return table.append_column("split", pa.array(SPLITS, TEXT).take(pa.array(places)))
+
+
+def _codes(column: pa.ChunkedArray) -> NDArray[np.int64]:
+    """A number below the number of rows for each different text."""
+    encoded = column.combine_chunks().dictionary_encode()
+    codes: NDArray[np.int64] = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+    return codes
 
 
 def _refuse_empty(table: pa.Table, shards: Sequence[Shard], row: int, count: int, source: PersonaSource) -> str:

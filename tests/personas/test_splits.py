@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raymerge.config import SplitShares
 from raymerge.errors import PersonaError
-from raymerge.personas import PersonaSource, read_personas
+from raymerge.personas import SPLITS, PersonaSource, read_personas
 from raymerge.personas.splits import TEST, TRAIN, VALIDATION, hashed_shares, last_shares
 
 shares = st.sampled_from([(v, t) for v in (0.0, 0.1, 0.2, 0.45, 0.7) for t in (0.0, 0.1, 0.2, 0.45, 0.7) if v + t < 1])
@@ -38,6 +38,41 @@ def test_the_last_are_tested_and_everybody_is_trained(made, parts):
             assert counts.tolist() == ([1, 0, 1] if test else [1, 1, 0] if validation else [2, 0, 0])
         if len(mine) >= 3:
             assert (counts[VALIDATION] > 0, counts[TEST] > 0) == (validation > 0, test > 0)
+
+
+pairs_of = st.lists(
+    st.tuples(st.sampled_from(["ann", "bob"]), st.sampled_from("qrs"), st.sampled_from("abc"), st.integers(0, 9)),
+    min_size=1, max_size=30,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("by", ["time", "order", "random"])
+@settings(max_examples=60, deadline=None)
+@given(made=pairs_of, parts=shares)
+def test_no_row_of_a_persona_stands_in_two_splits(tmp_path_factory, by, made, parts):
+    file = tmp_path_factory.mktemp("twice") / "p.jsonl"
+    keys = ("persona", "prompt", "response", "said")
+    file.write_text("".join(json.dumps(dict(zip(keys, row, strict=True))) + "\n" for row in made))
+    column = {"column": "said"} if by == "time" else {}
+    validation, test = parts
+    source = PersonaSource(path=str(file), split={"by": by, **column, "validation": validation, "test": test})
+    if by == "random" and not (hashed_shares([r[0] for r in made], [r[1] for r in made], source.split) == TRAIN).any():
+        with pytest.raises(PersonaError, match="leave nobody with training rows"):
+            read_personas(source)
+        return
+    found = read_personas(source)
+    examples = [e for name in found.names for e in found.examples(name)]
+    assert len(examples) == len(made)
+    where = {}
+    for e in examples:
+        assert where.setdefault((e.persona, e.prompt, e.response), e.split) == e.split
+    if by == "random":
+        return
+    for name in found.names:  # as if each pair had stood once, where it stood first
+        rows = sorted((r for r in made if r[0] == name), key=lambda r: r[3] if by == "time" else 0)
+        once = list(dict.fromkeys(row[1:3] for row in rows))
+        said = last_shares(np.zeros(len(once), np.int64), None, validation, test)
+        assert [SPLITS.index(where[(name, *pair)]) for pair in once] == said.tolist()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """The comparison: what each run reached, what it differs from unified by, and what that difference is worth."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +110,8 @@ def compare(
     routing_model: str | None = None,
     curves: Sequence[TrainingCurve] = (),
     project: str = "PROJECT",
+    unified_adapter: str = "unified",
+    recipes: Collection[str] | None = None,
     resamples: int = statistics.RESAMPLES,
     seed: int = 0,
 ) -> Comparison:
@@ -118,7 +120,8 @@ def compare(
     clusters: persona -> label. reference: the row that all others are compared with; without it no difference is
     computed, and a note says so. similarity_model, routing_model: names of the encoders; where they are the same the
     report says that a model judges its own choice. curves: of the trainings that the runs are made of. project: the
-    project file, as the guide's commands are to name it. Raises EvaluationError as `align` does.
+    project file, as the guide's commands are to name it. unified_adapter, recipes: where the project file has the
+    unified adapter, and the recipes in it, None where they are not known. Raises EvaluationError as `align` does.
     """
     runs, aligned, scores = _best_first(runs)
     names = [run.name for run in runs]
@@ -137,7 +140,9 @@ def compare(
     )  # fmt: skip
     as_trained = best_rows(runs, aligned, scores, place, frozenset({"reference"}), seed)
     noise = noise_of(aligned, chosen, place)
-    facts = Facts(rows, means, len(aligned.personas), place, verdict, noise, as_trained, project)
+    facts = Facts(
+        rows, means, len(aligned.personas), place, verdict, noise, as_trained, project, unified_adapter, recipes
+    )
     shown = chosen if chosen is not None else _first_other(place, len(runs))
     warnings, notes = remarks(runs, aligned, reference, similarity_model, routing_model)
     return Comparison(

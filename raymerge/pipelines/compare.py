@@ -56,6 +56,8 @@ def compare_runs(location: str, runs: Sequence[str] = ()) -> Compared:
         routing_model=project.embedding.model,
         curves=artefacts.curves(),
         project=storage.name_of(project.location),
+        unified_adapter=project.unified_adapter,
+        recipes=project.recipes,
     )
     for name, data in render_report(comparison, title=storage.name_of(project.workspace)).items():
         storage.write_bytes(storage.join(output, *(["plots"] if name.endswith(".png") else []), name), data)

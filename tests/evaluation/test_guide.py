@@ -1,12 +1,16 @@
 """The decision guide: what it says of comparisons that were made for it."""
 
 import re
+import shlex
 
+import click
 import numpy as np
 import pytest
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raymerge.cli import app
 from raymerge.evaluation.comparison import Comparison, compare
 from raymerge.evaluation.guide.facts import Step
 from raymerge.evaluation.scores import Costs, RunScores
@@ -69,12 +73,11 @@ def test_a_merge_that_loses_to_training_on_clusters_asks_for_training_on_neighbo
     best = row("top", 0.55, 5, made_by=recipe("top", "top_k", k=5))
     comparison = guided(*references(cluster_trained=0.62), best, control(0.4))
     found = step(comparison, "Train one adapter per persona on the rows of its experts in top")
-    difference = (
-        comparison.rows[comparison.row("cluster_trained")].similarity
-        - comparison.rows[comparison.row("top")].similarity
-    )
+    rows = {row.name: row.similarity for row in comparison.rows}
     assert found.training
-    assert found.gain[0] < difference < found.gain[1]
+    assert found.gain is None  # clusters are trained on other rows: what they have is background
+    assert f"is at +{rows['cluster_trained'] - rows['top']:.1f} [" in found.sentence
+    assert "likely" not in found.sentence
     assert found.seconds == pytest.approx(5 * 3600 + 35, rel=0.01)  # five times the rows of own adapters
     assert "of: top" in found.what
     free = [s for s in comparison.guide.steps if not s.training and not s.tells]
@@ -178,16 +181,79 @@ def test_no_control_asks_for_one() -> None:
 
 def test_bad_own_adapters_ask_to_start_from_unified_while_no_merge_gains() -> None:
     found = step(guided(*references(own=0.2), soft(0.45), control(0.3)), "Train the personas' own adapters from")
-    assert "--start-from unified" in found.command
+    assert found.command == (
+        "raymerge train p.yaml --group-by persona --start-from unified` and `raymerge run p.yaml --recipe soft "
+        "--recipe own"
+    )
     assert found.gain is None
     assert step(guided(*references(own=0.2), soft(0.6), control(0.3)), "Train the personas' own") is None
 
 
 def test_a_gain_asks_for_other_seeds_until_they_are_there() -> None:
     comparison = guided(*references(), soft(0.6), control(0.4))
-    assert comparison.guide.steps[-1].command == "raymerge run p.yaml --seeds 3"
+    assert comparison.guide.steps[-1].command == "raymerge run p.yaml --recipe soft --recipe unified --seeds 3"
     seeded = [soft(0.6, by_seed={1: 60.0}), *references()]
     assert step(guided(*seeded, control(0.4)), "Train with 3 seeds") is None
+
+
+def test_a_place_and_a_project_are_named_as_they_are() -> None:
+    rows = [*references(own=0.2), soft(0.45), control(0.3)]
+    comparison = compare(rows, resamples=200, project="all rows.yaml", unified_adapter="all/unified")
+    found = step(comparison, "Train the personas' own adapters from")
+    assert found.command.startswith(
+        "raymerge train 'all rows.yaml' --group-by persona --start-from all/unified` and `raymerge run 'all rows.yaml'"
+    )
+
+
+def test_a_recipe_that_the_project_file_lacks_is_to_be_added() -> None:
+    """`soft` may have been merged on the command line."""
+    rows = [*references(), soft(0.6), control(0.4)]
+    known = compare(rows, resamples=200, recipes=["soft", "unified", "own"]).guide.steps
+    lacking = compare(rows, resamples=200, recipes=["unified", "own"]).guide.steps
+    assert not any("add soft to the recipes" in s.what for s in known)
+    seeds = next(s for s in lacking if s.what.startswith("Train with 3 seeds"))
+    assert seeds.what.endswith("(add soft to the recipes of the project file)")
+    tuned = next(s for s in lacking if s.what.startswith("Tune the scale"))
+    assert "to the recipes" not in tuned.what  # it says what to add itself
+
+
+def parses(command: str) -> tuple[str, dict]:
+    """What the command line makes of a command: its name and its parameters. Nothing is carried out."""
+    words = shlex.split(command)
+    assert words.pop(0) == "raymerge"
+    cli = typer.main.get_command(app)
+    context = click.Context(cli)
+    name, subcommand, rest = cli.resolve_command(context, words)
+    return name, subcommand.make_context(name, rest, parent=context).params
+
+
+def test_every_command_is_one_that_the_command_line_knows() -> None:
+    rag = row("rag_unified", 0.56, 6, made_by={**recipe("rag_unified", "unified"), "retrieval": RETRIEVAL})
+    top = row("top", 0.55, 5, made_by=recipe("top", "top_k", k=5))
+    worlds = [
+        references(),
+        [references()[2], soft(0.6)],
+        [*references(cluster_trained=0.62), top, control(0.4), rag],
+        [*references(cluster_trained=None), soft(0.65)],
+        [*references(own=0.2), soft(0.45), control(0.3)],
+        [*references(), soft(0.503, noise=0.2), control(0.3)],
+        [*references(), soft(0.6), control(0.4)],
+    ]
+    seen = set()
+    for rows in worlds:
+        for found in compare(rows, resamples=100, project="p q.yaml", unified_adapter="all/unified").guide.steps:
+            there = {r.name for r in rows}
+            for command in found.command.split("` and `"):
+                name, given = parses(command)
+                seen.add(name)
+                assert given["project"] == "p q.yaml"
+                if name == "merge":
+                    there.add(given["name"])
+                named = [*(given.get("run") or ()), *(given.get("recipe") or ())]
+                assert all(n in there or n in found.what or n == "unified" or "cluster" in n for n in named), command
+                if name == "train":
+                    assert given["start_from"] == "all/unified"
+    assert seen == {"merge", "evaluate", "run", "train"}
 
 
 LEVELS = st.lists(st.floats(0.2, 0.8), min_size=5, max_size=5)

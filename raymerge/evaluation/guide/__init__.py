@@ -5,8 +5,10 @@ of the comparison. Its cost comes from what like rows took. Steps are ordered by
 training, so it comes first where it was not done.
 """
 
+import re
+import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from raymerge.evaluation.best import SERVED
 from raymerge.evaluation.guide.facts import Facts, Step
@@ -58,9 +60,21 @@ class Guide:
 
 def advise(facts: Facts) -> Guide:
     """The decision guide for a comparison: at most five steps."""
-    steps = [step for make in MAKERS if (step := make(facts)) is not None]
+    steps = [_with_missing_recipes(facts, step) for make in MAKERS if (step := make(facts)) is not None]
     kept = sorted(steps, key=lambda step: (not (step.first or step.needed), -step.worth))[:MOST_STEPS]
     return Guide(_in_hand(facts), tuple(sorted(kept, key=lambda step: (not step.first, -step.worth))))
+
+
+def _with_missing_recipes(facts: Facts, step: Step) -> Step:
+    """The step, which says of each recipe of its command that is not in the project file that it has to be added."""
+    if facts.recipes is None:
+        return step
+    words = shlex.split(step.command.replace("`", " "))
+    named = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "--recipe"]
+    missing = [n for n in named if n not in facts.recipes and not re.search(rf"\badd {re.escape(n)}(?!\w)", step.what)]
+    if not missing:
+        return step
+    return replace(step, what=f"{step.what} (add {' and '.join(missing)} to the recipes of the project file)")
 
 
 def _in_hand(facts: Facts) -> str:

@@ -1,6 +1,7 @@
 """What the decision guide is computed from, and what a step of it is."""
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,7 +85,8 @@ class Facts:
     """What the guide is computed from.
 
     means: bootstrap means (resamples, rows). place: the reference row, or None. best, best_reference: the best rows of
-    every persona, among all rows and among adapters as trained. project: the project file as commands name it.
+    every persona, among all rows and among adapters as trained. project: the project file as commands name it; unified:
+    where it has the unified adapter; recipes: the recipes that it has, None where that is not known.
     """
 
     rows: Sequence[Row]
@@ -95,6 +97,8 @@ class Facts:
     noise: Noise | None
     best_reference: Best | None
     project: str
+    unified: str = "unified"
+    recipes: Collection[str] | None = None
 
     @property
     def merge(self) -> int | None:
@@ -135,7 +139,11 @@ class Facts:
 
     def run(self, *recipes: str) -> str:
         """The command that runs recipes."""
-        return " ".join(["raymerge run", self.project, *(f"--recipe {name}" for name in recipes)])
+        return self.command("run", *(part for name in recipes for part in ("--recipe", name)))
+
+    def command(self, name: str, *arguments: str) -> str:
+        """A command on the project, as a shell takes it."""
+        return shlex.join(["raymerge", name, self.project, *arguments])
 
 
 def noise_of(aligned: Aligned, row: int | None, place: int | None) -> Noise | None:

@@ -43,7 +43,7 @@ def train_on_neighbours(facts: Facts) -> Step | None:
         )
     if facts.merge is None or facts.find("neighbours_trained") is not None:
         return None
-    _, low, high = facts.gap(clusters, facts.merge)
+    mean, low, high = facts.gap(clusters, facts.merge)
     if not high > 0:
         return None
     best = facts.rows[facts.merge]
@@ -53,8 +53,8 @@ def train_on_neighbours(facts: Facts) -> Step | None:
     return Step(
         what=f"Train one adapter per persona on the rows of its experts in {best.name} (add neighbours_trained with "
         f"`of: {best.name}`)",
-        gain=(low, high),
-        because="as cluster_trained has over it",
+        gain=None,
+        because=f"training on clusters, which is another, is at {signed(mean)} [{signed(low)} {signed(high)}] against it",
         training=True,
         seconds=seconds,
         command=facts.run("neighbours_trained"),
@@ -67,6 +67,7 @@ def start_from_unified(facts: Facts) -> Step | None:
     gains = facts.verdict.reference is not None and facts.verdict.reference.outcome == "gains"
     if own is None or unified is None or gains or facts.start is None:
         return None
+    merge = facts.merge
     mean, low, _ = facts.gap(unified, own)
     if not low > 0:
         return None
@@ -75,8 +76,10 @@ def start_from_unified(facts: Facts) -> Step | None:
         gain=None,
         because=f"own is {mean:.1f} points below it",
         training=True,
-        seconds=plus(facts.training("own"), facts.merging()),
-        command=f"raymerge train {facts.project} --group-by persona --start-from unified` and `{facts.run()}",
+        seconds=plus(facts.training("own"), facts.evaluating(), 0.0 if merge is None else facts.merging()),
+        command=facts.command("train", "--group-by", "persona", "--start-from", facts.unified)
+        + "` and `"
+        + facts.run(*([] if merge is None else [facts.rows[merge].name]), facts.rows[own].name),
     )
 
 
@@ -125,6 +128,6 @@ def train_with_other_seeds(facts: Facts) -> Step | None:
         because=f"no gain, but it says whether {signed(gain.mean)} outlives another training",
         training=True,
         seconds=None if seconds is None else (SEEDS - 1) * seconds,
-        command=f"raymerge run {facts.project} --seeds {SEEDS}",
+        command=f"{facts.run(*(row.name for row in rows))} --seeds {SEEDS}",
         tells=True,
     )

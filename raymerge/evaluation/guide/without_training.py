@@ -24,17 +24,19 @@ def merge_neighbours(facts: Facts) -> Step | None:
         return None
     trained = [i for strategy in ("cluster_trained", "own") if (i := facts.find(strategy)) is not None]
     bounds = [(facts.gap(i, facts.place)[2], facts.rows[i].name) for i in trained]
-    top, name = max(bounds, default=(0.0, ""))
+    top, like = max(bounds, default=(0.0, ""))
+    name = f"top_k{USUAL_K}"
     over = facts.rows[facts.place].name
     gain = (0.0, top) if top > 0 else None
     return Step(
         what="Merge neighbours: no merge was compared yet",
         gain=gain,
-        because=f"as {name} has over {over}" if gain else "",
+        because=f"as {like} has over {over}" if gain else "",
         training=False,
         seconds=None if facts.evaluating() is None else facts.merging(),
-        command=f"raymerge merge {facts.project} --strategy top_k --k {USUAL_K}` and `raymerge evaluate "
-        f"{facts.project} --run top_k",
+        command=facts.command("merge", "--strategy", "top_k", "--k", str(USUAL_K), "--name", name)
+        + "` and `"
+        + facts.command("evaluate", "--run", name),
         first=True,
     )
 

@@ -95,7 +95,8 @@ def _with_persona(error: ModelError, inputs: TrainingInputs) -> ModelError:
         if found is not None:
             examples = group.validation if found[1] else group.rows
             example = examples[int(found[2])]
-            return ModelError(f"{error}\nIt is {example.persona}'s answer to {cut(example.prompt, 60)!r}.")
+            whose = f" ({example.persona}'s answer to {cut(example.prompt, 60)!r})"
+            return ModelError(str(error)[: found.end()] + whose + str(error)[found.end() :])
     return error
 
 

@@ -1,5 +1,6 @@
 """What no training can be is refused by name, and rsLoRA's scaling survives in PEFT."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,15 @@ from tests.models.training_groups import SETTINGS, Recorder, group
     ({"micro_batch": 0}, r"training\.micro_batch is 0"),
     ({"patience": 0}, r"training\.patience is 0"),
     ({"together": 0}, r"training\.together is 0"),
-    ({"target_modules": ("w_q",)}, r"names 'w_q', which .* lacks\.\nIt has: .*q_proj"),
+    ({"target_modules": ("w_q",)}, r"names 'w_q', which .* lacks; it has: .*q_proj"),
+    ({"target_modules": ()}, r"training\.target_modules is empty"),
+    ({"learning_rate": math.nan}, r"training\.learning_rate is nan"),
+    ({"learning_rate": math.inf}, r"training\.learning_rate is inf"),
+    ({"alpha": math.nan}, r"training\.alpha is nan"),
+    ({"warmup": math.nan}, r"training\.warmup is nan"),
+    ({"weight_decay": math.nan}, r"training\.weight_decay is nan"),
+    ({"clip": math.nan}, r"training\.clip is nan"),
+    ({"dropout": math.nan}, r"training\.dropout is nan"),
 ])  # fmt: skip
 def test_impossible_settings_are_refused(base: BaseModel, change: dict[str, object], message: str) -> None:
     with pytest.raises(ModelError, match=message):
@@ -42,14 +51,18 @@ def test_impossible_rows_are_refused_with_adapter_and_row(base: BaseModel) -> No
 
 def test_a_row_longer_than_the_context_is_refused_or_cut(base: BaseModel) -> None:
     long = TrainingGroup("p0", (("w1", "w2"), ("w1 " * 150, "w2 w3")))
-    with pytest.raises(ModelError, match=r"p0: row 1 has 153 tokens\.\nExpected at most 128, which is what the base"):
+    with pytest.raises(ModelError, match=r"p0: row 1 has 153 tokens, the limit is 128: set .*\n.* what the base"):
         train(base, [long], SETTINGS)
+    above = replace(SETTINGS, max_length=140)
+    with pytest.raises(ModelError, match=r"p0: row 1 has 153 tokens, the limit is 128: set .*\n.* what the base"):
+        train(base, [long], above)
     short = replace(SETTINGS, max_length=5)
-    with pytest.raises(ModelError, match=r"p0: row 1 has 10 tokens\.\nExpected at most 5, which is training\.max_len"):
+    with pytest.raises(ModelError, match=r"p0: row 1 has 10 tokens, the limit is 5: .*\n.* training\.max_len"):
         train(base, [group("p0", 4)], short)
-    watch = Recorder()
-    (result,) = train(base, [long], replace(SETTINGS, truncate=True), watch=watch)
-    assert watch.tokens == SETTINGS.epochs * (3 + 128)
+    for chosen in (SETTINGS, above):
+        watch = Recorder()
+        (result,) = train(base, [long], replace(chosen, truncate=True), watch=watch)
+        assert watch.tokens == SETTINGS.epochs * (3 + 128)
     assert not result.diverged
     (cut,) = train(base, [TrainingGroup("p0", (("w1 w4 w5 w6", "w2"),))], replace(short, truncate=True))
     (same,) = train(base, [TrainingGroup("p0", (("w1 w5 w6", "w2"),))], short)

@@ -138,6 +138,8 @@ def test_rows_beyond_the_context_are_counted_and_the_worst_is_named(clean, most,
     )
     assert "1 prompt to be answered longer than the 124 tokens" in texts(found, "prompts")
     assert section(found, "prompts").sign == "bad"
+    change(clean, training={"max_length": 500, "rank": 2})  # what the base knows is the limit all the same
+    assert "2 training or validation rows longer than 128 tokens" in texts(checked(clean), "prompts")
     change(clean, training={"truncate": True, "rank": 2})
     assert section(checked(clean), "prompts").sign == "warn"
 

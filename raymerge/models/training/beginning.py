@@ -25,10 +25,17 @@ def targets(base: BaseModel, wanted: str | tuple[str, ...]) -> dict[str, nn.Modu
         head = base.model.get_output_embeddings()
         return {name: linear[name] for name in sorted(linear) if linear[name] is not head}
     names = (wanted,) if isinstance(wanted, str) else wanted
+    if not names:
+        raise ModelError(
+            "training.target_modules is empty: name a module, or all-linear.\nAn adapter changes at least one layer."
+        )
     for name in names:
         if not any(path == name or path.endswith(f".{name}") for path in linear):
             ends = ", ".join(sorted({path.rsplit(".", 1)[-1] for path in linear}))
-            raise ModelError(f"training.target_modules names {name!r}, which {base.location} lacks.\nIt has: {ends}.")
+            raise ModelError(
+                f"training.target_modules names {name!r}, which {base.location} lacks; it has: {ends}.\n"
+                "Expected `all-linear`, or the path of a linear layer, or the end of one."
+            )
     matches = tuple(f".{name}" for name in names)
     return {path: linear[path] for path in sorted(linear) if f".{path}".endswith(matches)}
 

@@ -92,7 +92,7 @@ def encode(base: BaseModel, rows: Sequence[tuple[str, str]], settings: TrainingS
             raise ModelError(
                 f"{name}: row {number}: the answer is empty.\nThere is nothing to learn from it: remove it."
             )
-    limit = settings.max_length or base.max_length
+    limit = row_limit(base.max_length, settings.max_length)
     prompts, answers = [prompt for prompt, _ in rows], [answer for _, answer in rows]
     try:
         found = encode_rows(base, prompts, answers, end=True, limit=limit, truncate=settings.truncate)
@@ -100,16 +100,21 @@ def encode(base: BaseModel, rows: Sequence[tuple[str, str]], settings: TrainingS
         raise ModelError(f"{name}: {error}") from error
     for number, row in enumerate(found):
         if limit is not None and len(row) > limit:
-            source = "training.max_length" if settings.max_length else "what the base model knows"
+            source = "training.max_length" if limit == settings.max_length else "what the base model knows"
             raise ModelError(
-                f"{name}: row {number} has {len(row)} tokens.\nExpected at most {limit}, which is {source}.\n"
-                "Shorten it, or set training.truncate to cut such rows (the start of the prompt first)."
+                f"{name}: row {number} has {len(row)} tokens, the limit is {limit}: set training.truncate, or shorten "
+                f"it.\nThe limit is {source}. Rows are cut at the start of the prompt first."
             )
     found = sorted(found, key=len)
     ids = np.full((len(found), len(found[-1])), base.pad_id)
     for number, row in enumerate(found):
         ids[number, : len(row)] = row.prompt + row.answer
     return Encoded(ids, np.array([len(row.prompt) for row in found]), np.array([len(row) for row in found]))
+
+
+def row_limit(known: int | None, wanted: int | None) -> int | None:
+    """Most tokens of a row: the smaller of what the base knows and what is wanted; None is no limit."""
+    return min((limit for limit in (known, wanted) if limit is not None), default=None)
 
 
 def batch_order(rows: int, settings: TrainingSettings) -> list[Tensor]:

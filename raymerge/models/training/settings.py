@@ -26,7 +26,7 @@ class TrainingSettings:
         norm of one adapter.
     patience: an adapter stops after so many epochs without a better validation loss, and the best one is kept; None
         trains all epochs and keeps the last.
-    max_length: most tokens of a row; None is what the model knows. truncate: longer rows are cut (the start of the
+    max_length: most tokens of a row, and never more than the model knows; None is what it knows. truncate: longer rows are cut (the start of the
         prompt first) instead of refused.
     shared_init: whether all adapters begin from one A. Adapters that share it merge with far less loss when
         compressed, since their deltas share a row space.
@@ -162,6 +162,9 @@ def learning_rate(step: int, steps: int, settings: TrainingSettings) -> float:
 
 def check_settings(groups: Sequence[TrainingGroup], settings: TrainingSettings) -> None:
     """Raise ModelError, naming the setting or the group, for what no training can be."""
+    for name in ("alpha", "learning_rate", "warmup", "weight_decay", "clip", "dropout"):
+        if not math.isfinite(getattr(settings, name)):
+            raise ModelError(f"training.{name} is {getattr(settings, name)}.\nExpected a finite number.")
     for name in ("rank", "epochs", "batch_size", "alpha", "learning_rate", "clip"):
         if getattr(settings, name) <= 0:
             raise ModelError(f"training.{name} is {getattr(settings, name)}.\nExpected a number above 0.")

@@ -169,7 +169,7 @@ def _doubled(looked: _Looked, base: BaseModel) -> Iterator[Finding]:
 def _too_long(opened: Opened, looked: _Looked, base: BaseModel) -> Iterator[Finding]:
     """Training rows that do not fit, and prompts that leave no room for an answer."""
     training, lengths = opened.project.training, looked.lengths
-    limit = training.max_length or base.max_length
+    limit = min((most for most in (training.max_length, base.max_length) if most is not None), default=None)
     total = lengths.prompt + lengths.answer
     least = "" if looked.everything else "at least "
     if limit is not None:

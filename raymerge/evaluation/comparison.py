@@ -12,9 +12,10 @@ from raymerge.evaluation import statistics
 from raymerge.evaluation.best import Best, best_rows
 from raymerge.evaluation.criteria import Criterion, judge_criteria
 from raymerge.evaluation.curves import TrainingCurve
+from raymerge.evaluation.data_needed import DataNeeded, data_needed, noise_of
 from raymerge.evaluation.exhibits import RoutingMap, Sample, choose_samples, map_routing
 from raymerge.evaluation.guide import Guide, advise
-from raymerge.evaluation.guide.facts import Facts, noise_of
+from raymerge.evaluation.guide.facts import Facts
 from raymerge.evaluation.remarks import remarks
 from raymerge.evaluation.rows import Row, answer_correlation, build_rows, differences_to, row_of
 from raymerge.evaluation.scores import Aligned, RunScores, align
@@ -139,9 +140,11 @@ def compare(
         resamples=resamples, seed=seed,
     )  # fmt: skip
     as_trained = best_rows(runs, aligned, scores, place, frozenset({"reference"}), seed)
-    noise = noise_of(aligned, chosen, place)
+    needed = _needed(rows, aligned, chosen, place)
+    if needed is not None:
+        verdict = verdict.with_data_needed(needed.words)
     facts = Facts(
-        rows, means, len(aligned.personas), place, verdict, noise, as_trained, project, unified_adapter, recipes
+        rows, means, len(aligned.personas), place, verdict, needed, as_trained, project, unified_adapter, recipes
     )
     shown = chosen if chosen is not None else _first_other(place, len(runs))
     warnings, notes = remarks(runs, aligned, reference, similarity_model, routing_model)
@@ -193,6 +196,14 @@ def _with_seeds(verdict: Verdict, chosen: Row | None, reference: str) -> tuple[V
     said, warning = describe_spread(chosen.name, reference, chosen.over_seeds)
     details = verdict.details if said is None else (*verdict.details, said)
     return dataclasses.replace(verdict, details=details), () if warning is None else (warning,)
+
+
+def _needed(rows: Sequence[Row], aligned: Aligned, chosen: int | None, place: int | None) -> DataNeeded | None:
+    difference = None if chosen is None else rows[chosen].difference
+    if difference is None:
+        return None
+    noise = noise_of(aligned, chosen, place)
+    return data_needed(difference.mean, difference.smallest_detectable, noise, len(aligned.personas))
 
 
 def _row_correlation(rows: Sequence[Row]) -> float | None:

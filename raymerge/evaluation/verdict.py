@@ -8,12 +8,13 @@ are an intervention of their own: the verdict speaks of recipes with plain promp
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from raymerge.evaluation import statistics
+from raymerge.evaluation.criteria import POINTS_ASKED
 from raymerge.evaluation.scores import NEIGHBOURS, Kind, examples_in_prompt
 from raymerge.evaluation.statistics import Values
 from raymerge.evaluation.wording import signed
@@ -49,11 +50,17 @@ class Gain:
     level: float
     outcome: Outcome
 
+    @property
+    def cannot_be_told(self) -> bool:
+        """Whether the interval holds no difference as well as all the points that were asked for."""
+        return self.outcome == "nothing" and self.high >= POINTS_ASKED
+
 
 @dataclass(frozen=True)
 class Verdict:
     """headline: one sentence. details: what it rests on, a sentence each. row: the recipe it speaks of, or None. level:
-    of its intervals, above 0.95 where these very scores picked the recipe among several."""
+    of its intervals, above 0.95 where these very scores picked the recipe among several. matched: whether the control
+    is made of the very same recipe. undecided: whether the headline says that this data cannot tell."""
 
     headline: str
     details: tuple[str, ...]
@@ -61,6 +68,17 @@ class Verdict:
     reference: Gain | None
     control: Gain | None
     level: float = 0.95
+    matched: bool = False
+    undecided: bool = False
+
+    def with_data_needed(self, words: str) -> "Verdict":
+        """The same; where this data cannot tell, the headline says what would.
+
+        words: such as `60 personas instead of 24`.
+        """
+        if not self.undecided:
+            return self
+        return replace(self, headline=f"{self.headline.removesuffix('.')}: that takes about {words}.")
 
 
 def judge(rows: Sequence[Standing], scores: Values, means: Values, place: int | None) -> Verdict:
@@ -81,10 +99,10 @@ def judge(rows: Sequence[Standing], scores: Values, means: Values, place: int | 
     over_reference = None if place is None else _gain(rows, means, scores, best, place, level, personas)
     over_control = None if strongest is None else _gain(rows, means, scores, best, strongest, level, personas)
     matched = _matched(rows, best, strongest)
-    headline = _headline(rows[best].name, over_reference, over_control, matched, bool(neighbours))
+    headline, undecided = _headline(rows[best].name, over_reference, over_control, matched, bool(neighbours))
     details = [*_comparisons(rows[best].name, over_reference, over_control, matched), how]
     details += _ceilings(rows, scores, best, place)
-    return Verdict(headline, tuple(details), rows[best].name, over_reference, over_control, level)
+    return Verdict(headline, tuple(details), rows[best].name, over_reference, over_control, level, matched, undecided)
 
 
 def controls_of(rows: Sequence[Standing], row: int) -> list[int]:
@@ -141,24 +159,37 @@ def _gain(
     return Gain(rows[other].name, float((scores[row] - scores[other]).mean()), low, high, level, outcome)
 
 
-def _headline(name: str, reference: Gain | None, control: Gain | None, matched: bool, neighbours: bool) -> str:
+def _headline(
+    name: str, reference: Gain | None, control: Gain | None, matched: bool, neighbours: bool
+) -> tuple[str, bool]:
+    """The headline, and whether it says that this data cannot tell."""
     merging = "Merging neighbours" if neighbours else "Merging"
     worth = "unknown" if reference is None else reference.outcome
     real = "unknown" if control is None else control.outcome
     if control is not None and real in ("nothing", "loses"):
         than = "no better than" if real == "nothing" else "worse than"
         which = "its control" if matched else "a control of another recipe,"
-        return f"{merging} gains nothing: {name} does {than} {which} {control.over}."
-    if reference is not None and worth == "gains":
-        caveat = _caveat(real, matched) if neighbours else ""
-        return f"{merging} gains {reference.mean:.1f} points over {reference.over}{caveat}."
-    if reference is not None and worth in ("nothing", "loses"):
+        return f"{merging} gains nothing: {name} does {than} {which} {control.over}.", False
+    if reference is not None and worth != "unknown":
+        if worth == "gains":
+            caveat = _caveat(real, matched) if neighbours else ""
+            return f"{merging} gains {reference.mean:.1f} points over {reference.over}{caveat}.", False
+        credited = neighbours and real == "gains" and matched
+        unmatched = neighbours and real == "gains" and not matched
+        caveat = (
+            ", but only a control of another recipe says that neighbours know more than others" if unmatched else ""
+        )
+        if reference.cannot_be_told:
+            opening = "Neighbours know something, but whether m" if credited else "Whether m"
+            between = f"{signed(reference.low)} to {signed(reference.high)} over {reference.over}"
+            return f"{opening}{merging[1:]} pays cannot be told with this data ({name}: {between}){caveat}.", True
         than = "no better than" if worth == "nothing" else "worse than"
-        opening = f"Neighbours know something, but m{merging[1:]}" if neighbours and real == "gains" else merging
-        return f"{opening} does not pay: {name} does {than} {reference.over}."
+        opening = f"Neighbours know something, but m{merging[1:]}" if credited else merging
+        return f"{opening} does not pay: {name} does {than} {reference.over}{caveat}.", False
     if control is not None and real == "gains":
-        return f"{merging} gains {control.mean:.1f} points over {control.over}; no reference is here to compare with."
-    return f"{name} cannot be judged: that needs a reference, a control and at least two personas."
+        gained = f"{merging} gains {control.mean:.1f} points over {control.over}"
+        return f"{gained}; no reference is here to compare with.", False
+    return f"{name} cannot be judged: that needs a reference, a control and at least two personas.", False
 
 
 def _caveat(real: Outcome, matched: bool) -> str:

@@ -179,6 +179,20 @@ def test_no_control_asks_for_one() -> None:
     assert step(guided(*references(), soft(0.6), control(0.4)), "Ask random experts") is None
 
 
+def test_a_control_of_another_recipe_asks_for_one_of_its_own() -> None:
+    other = row("random_soft", 0.4, 9, made_by=recipe("random_soft", "random_k", of=TOP))
+    found = step(guided(*references(), soft(0.6), other), "Ask random experts")
+    assert "without a control of its own" in found.sentence
+    assert found.command.endswith("--recipe random_experts_for_soft")  # the plain name is taken
+
+
+def test_the_headline_asks_for_the_data_that_the_guide_asks_for() -> None:
+    comparison = guided(*references(), soft(0.53, noise=0.4), control(0.3))
+    found = step(comparison, "Write about") or step(comparison, "Test on about")
+    assert comparison.verdict.undecided
+    assert comparison.verdict.headline.endswith(f"that takes {found.what[found.what.index('about') :]}.")
+
+
 def test_bad_own_adapters_ask_to_start_from_unified_while_no_merge_gains() -> None:
     found = step(guided(*references(own=0.2), soft(0.45), control(0.3)), "Train the personas' own adapters from")
     assert found.command == (

@@ -55,6 +55,46 @@ def test_a_control_of_another_recipe_is_called_that() -> None:
     assert any("a control of another recipe, random_k" in detail for detail in found.details)
 
 
+def test_a_control_of_another_recipe_is_no_credit_where_merging_does_not_pay() -> None:
+    found = verdict([(NEIGHBOUR, 70), (UNIFIED, 75), (OTHER, 60)])
+    assert found.headline == (
+        "Merging neighbours does not pay: soft does worse than unified, "
+        "but only a control of another recipe says that neighbours know more than others."
+    )
+    assert not found.matched
+    assert verdict([(NEIGHBOUR, 70), (UNIFIED, 75), (CONTROL, 60)]).matched
+
+
+@pytest.mark.parametrize(
+    ("gain", "noise", "undecided"), [(2.0, 12.0, True), (0.0, 2.0, False), (5.0, 2.0, False), (-8.0, 12.0, False)]
+)
+def test_what_this_data_cannot_tell_is_not_called_worthless(gain: float, noise: float, undecided: bool) -> None:
+    """Undecided is an interval that holds 0 as well as the three points that were asked for."""
+    rows = [NEIGHBOUR, UNIFIED, CONTROL]
+    drawn = np.random.default_rng(0).normal(0, noise, size=(3, 40))
+    scores = np.array([[65 + gain], [65], [20]]) + drawn - drawn.mean(axis=1, keepdims=True)
+    order = np.argsort(-scores.mean(axis=1), kind="stable")
+    rows, scores = [rows[i] for i in order], scores[order]
+    found = judge(rows, scores, bootstrap_means(scores.T, resamples=2000), rows.index(UNIFIED))
+    assert found.undecided == undecided == (found.reference.low <= 0 and found.reference.high >= 3)
+    assert ("cannot be told with this data" in found.headline) == undecided
+    more = found.with_data_needed("90 personas instead of 40")
+    if undecided:
+        assert found.headline.startswith("Neighbours know something, but whether merging neighbours pays cannot be")
+        assert more.headline.endswith("over unified): that takes about 90 personas instead of 40.")
+    else:
+        assert more == found
+
+
+def test_an_unbeaten_control_is_nothing_gained_whatever_the_reference_says() -> None:
+    rows = [NEIGHBOUR, CONTROL, UNIFIED]
+    scores = np.array([[66.0], [66], [65]]) + np.random.default_rng(0).normal(0, 12, size=(3, 40))
+    found = judge(rows, scores, bootstrap_means(scores.T, resamples=2000), 2)
+    assert found.reference.cannot_be_told
+    assert found.headline.startswith("Merging neighbours gains nothing")
+    assert not found.undecided
+
+
 def test_the_strongest_of_its_own_controls_counts() -> None:
     strong = Standing("random_k_soft", "control", recipe("random_k_soft", "random_k", of={"strategy": "soft", **SOFT}))
     found = verdict([(NEIGHBOUR, 75), (UNIFIED, 65), (CONTROL, 60), (strong, 75), (OTHER, 80)])

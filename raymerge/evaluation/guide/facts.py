@@ -8,8 +8,8 @@ import numpy as np
 
 from raymerge.evaluation import statistics
 from raymerge.evaluation.best import Best
+from raymerge.evaluation.data_needed import DataNeeded
 from raymerge.evaluation.rows import Row, row_of
-from raymerge.evaluation.scores import Aligned
 from raymerge.evaluation.statistics import Values
 from raymerge.evaluation.verdict import Verdict
 from raymerge.evaluation.wording import duration, signed
@@ -17,16 +17,6 @@ from raymerge.evaluation.wording import duration, signed
 ASSUMED = 0.5  # points that a step of unknown gain counts for in the order
 LEAST_S = 60.0  # seconds that any step costs a person
 TRAINING_S, OTHER_S = 3600.0, 300.0  # what counts for a step of unknown length, in the order alone
-
-
-@dataclass(frozen=True)
-class Noise:
-    """Where the differences of a row to the reference vary, in squared points: between examples of a persona, and
-    between personas beyond that. examples: test examples of a persona (harmonic mean)."""
-
-    within: float
-    between: float
-    examples: float
 
 
 @dataclass(frozen=True)
@@ -85,7 +75,8 @@ class Facts:
     """What the guide is computed from.
 
     means: bootstrap means (resamples, rows). place: the reference row, or None. best, best_reference: the best rows of
-    every persona, among all rows and among adapters as trained. project: the project file as commands name it; unified:
+    every persona, among all rows and among adapters as trained. needed: data that would tell the verdict's
+    recipe from the reference, None where there is enough. project: the project file as commands name it; unified:
     where it has the unified adapter; recipes: the recipes that it has, None where that is not known.
     """
 
@@ -94,7 +85,7 @@ class Facts:
     personas: int
     place: int | None
     verdict: Verdict
-    noise: Noise | None
+    needed: DataNeeded | None
     best_reference: Best | None
     project: str
     unified: str = "unified"
@@ -144,22 +135,6 @@ class Facts:
     def command(self, name: str, *arguments: str) -> str:
         """A command on the project, as a shell takes it."""
         return shlex.join(["raymerge", name, self.project, *arguments])
-
-
-def noise_of(aligned: Aligned, row: int | None, place: int | None) -> Noise | None:
-    """How a row's difference to the reference varies within and between personas; None without both, and where no
-    persona has two examples."""
-    if row is None or place is None:
-        return None
-    values = 100 * (aligned.metrics["similarity"][row] - aligned.metrics["similarity"][place])
-    count = np.bincount(aligned.person)
-    mean = np.bincount(aligned.person, weights=values) / count
-    freedom = int((count - 1).sum())
-    if freedom < 1 or len(count) < 2:
-        return None
-    within = float(((values - mean[aligned.person]) ** 2).sum() / freedom)
-    examples = float(len(count) / (1 / count).sum())
-    return Noise(within, max(0.0, float(mean.var(ddof=1)) - within / examples), examples)
 
 
 def plus(*seconds: float | None) -> float | None:

@@ -6,7 +6,6 @@ Each function looks at the facts and makes its step, or none where it would gain
 from raymerge.evaluation.guide.facts import Facts, Step, plus, scaled
 from raymerge.evaluation.wording import signed
 
-MOST_TIMES = 25.0  # as much test data as there is; more is nothing to ask for
 SEEDS = 3
 
 
@@ -54,7 +53,7 @@ def train_on_neighbours(facts: Facts) -> Step | None:
         what=f"Train one adapter per persona on the rows of its experts in {best.name} (add neighbours_trained with "
         f"`of: {best.name}`)",
         gain=None,
-        because=f"training on clusters, which is another, is at {signed(mean)} [{signed(low)} {signed(high)}] against it",
+        because=f"cluster_trained, trained in another way, is at {signed(mean)} [{signed(low)} {signed(high)}]",
         training=True,
         seconds=seconds,
         command=facts.run("neighbours_trained"),
@@ -85,30 +84,19 @@ def start_from_unified(facts: Facts) -> Step | None:
 
 def more_test_data(facts: Facts) -> Step | None:
     """More test examples, or more personas, where the difference is smaller than what this data can show."""
-    if facts.merge is None or facts.place is None or facts.noise is None:
+    needed = facts.needed
+    if facts.merge is None or facts.place is None or needed is None:
         return None
     best, reference = facts.rows[facts.merge], facts.rows[facts.place].name
-    difference = best.difference
-    if difference is None or not difference.smallest_detectable > abs(difference.mean):
-        return None
-    shown = max(abs(difference.mean), difference.smallest_detectable / MOST_TIMES**0.5)
-    times = (difference.smallest_detectable / shown) ** 2  # as much as there is, where personas are added
-    noise = facts.noise
-    room = (noise.between + noise.within / noise.examples) / times - noise.between
-    more_personas = not (room > 0 and noise.within / room <= 2 * MOST_TIMES * noise.examples)
-    if not more_personas:
-        times = noise.within / room / noise.examples
-        what = f"Write about {noise.within / room:.0f} test examples a persona instead of {noise.examples:.0f}"
-    else:
-        what = f"Test on about {times * facts.personas:,.0f} personas instead of {facts.personas:,}"
-    own = scaled(times - 1, facts.training("own")) if more_personas else 0.0
+    assert best.difference is not None
+    own = scaled(needed.times - 1, facts.training("own")) if needed.more_personas else 0.0
     return Step(
-        what=what,
-        gain=(0.0, shown),
-        because=f"no gain in itself, but {signed(shown)} over {reference} would show; now "
-        f"{difference.smallest_detectable:.1f} is the least",
-        training=more_personas,
-        seconds=plus(scaled(times, facts.evaluating(2)), own),
+        what=f"{'Test on' if needed.more_personas else 'Write'} about {needed.words}",
+        gain=(0.0, needed.shown),
+        because=f"no gain in itself, but {signed(needed.shown)} over {reference} would show; now "
+        f"{best.difference.smallest_detectable:.1f} is the least",
+        training=needed.more_personas,
+        seconds=plus(scaled(needed.times, facts.evaluating(2)), own),
         command=facts.run(best.name, reference),
         tells=True,
         needed=True,

@@ -188,17 +188,19 @@ def mix_own(facts: Facts) -> Step | None:
 
 
 def run_control(facts: Facts) -> Step | None:
-    """A control of the best merge, where none is there."""
-    if facts.merge is None or facts.verdict.control is not None:
+    """A control of the very recipe of the best merge, where none is there."""
+    if facts.merge is None or (facts.verdict.control is not None and facts.verdict.matched):
         return None
     name = facts.rows[facts.merge].name
+    control = f"random_{name}" if facts.named(f"random_{name}") is None else f"random_experts_for_{name}"
+    of_its_own = "" if facts.verdict.control is None else " of its own"
     return Step(
-        what=f"Ask random experts instead (add random_{name}: `strategy: random_k, of: {name}`)",
+        what=f"Ask random experts instead (add {control}: `strategy: random_k, of: {name}`)",
         gain=None,
-        because="no gain, but without a control neighbours get no credit",
+        because=f"no gain, but without a control{of_its_own} neighbours get no credit",
         training=False,
         seconds=facts.merging(),
-        command=facts.run(f"random_{name}"),
+        command=facts.run(control),
         tells=True,
         needed=True,
     )

@@ -188,7 +188,7 @@ def _worst(personas: tuple[str, ...], scores: Values, row: int, place: int | Non
     )
 
 
-def row_of(rows: Sequence[Row] | Sequence[RunScores], strategy: str) -> int | None:
+def row_of(rows: Sequence[Row | RunScores], strategy: str) -> int | None:
     """Place of the row of a strategy with plain prompts: the one of that name, else the first."""
     found = [i for i, r in enumerate(rows) if r.recipe.get("strategy") == strategy and not examples_in_prompt(r.recipe)]
     return next((i for i in found if rows[i].name == strategy), found[0] if found else None)

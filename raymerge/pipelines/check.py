@@ -163,7 +163,7 @@ def _of_examples(
     prompts: Prompts | None = None
     say("splits and leaks")
     found = [check_splits(opened, personas, clusters), check_leaks(personas, clusters)]
-    found.append(check_power(opened.project, personas))
+    found.append(check_power(opened, personas))
     if base is not None:
         say("prompts")
         try:

@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,19 @@ class Choices:
     by_length: bool = False
     autocast: bool = False
     plain_factors: bool = False
+
+    def __str__(self) -> str:
+        return ", ".join(field.name for field in fields(self) if getattr(self, field.name)) or "plain AdamW"
+
+
+def candidates(device: str, dtype: str) -> list[Choices]:
+    """What may be quickest there."""
+    if device == "cpu":
+        return [Choices(), Choices(fused=False), Choices(by_length=True)]
+    kinds = [Choices()]
+    if dtype != "float32":
+        kinds += [Choices(autocast=True), Choices(plain_factors=True)]
+    return [replace(kind, by_length=by_length) for kind in kinds for by_length in (False, True)]
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,20 @@
 
 many     persona adapters on 30 rows of the demo's world each: ours in items of 25 on as many one-threaded processes
          as there are cores; Trainer's one at a time, in as many processes or in one with all threads, and with those
-         of its settings that are quickest here. Same rows, steps, rows in a step and optimiser. Of Trainer's adapters
-         a sample is timed, before and after ours, and multiplied; ours are trained in full.
-unequal  adapters of 5 to 60 rows, most of them few, against our own training one at a time (of a sample, by steps).
+         of its settings that are quickest here. Same rows, steps, rows in a step and optimiser. Ours are trained in
+         full and timed by the clock. Of Trainer's a sample is timed, before and after ours, as many in each process;
+         all of them are taken to need the mean time of one, times their number, over the processes: no process ever
+         waits, and tokenising is free.
+unequal  adapters of 5 to 60 rows, most of them few, against our own training one at a time: of a sample, longest
+         first, and extrapolated by steps over processes that never wait.
 alone    one adapter, tokens a second of one process. Before that both train on the same rows in the same order from
-         the same factors, and their losses and adapters must agree.
+         the same factors, and their losses and adapters must agree. Trainer has the settings that are quickest in
+         short trainings, for its whole time and for its own loop each.
 
-A base is hidden x layers x vocabulary; 128x4 is the demo's, and others are trained alone on rows of 256 tokens. Floor
-of many: the multiplications of two passes through the base (forward, gradient of the inputs) and of the factors, at the
-speed of a large product in the same processes. Memory is the peak of a process above that of the loaded base: resident,
-or allocated on the GPU.
+A base is hidden x layers x vocabulary; 128x4 is the demo's, and others are trained alone on rows of 256 tokens. Floor:
+the multiplications of two passes through the base (forward, gradient of the inputs) and of the factors, at the speed of
+a large product in the same processes. Memory is the peak of a process above that of the loaded base: resident, or
+allocated on the GPU.
 """
 
 from __future__ import annotations
@@ -26,15 +30,17 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
-from peft_trainer import Choices
+from peft_trainer import Choices, candidates
 from training_crew import (
     Crew,
+    Done,
     Job,
     Place,
     Rows,
@@ -48,6 +54,7 @@ from training_crew import (
     unequal_rows,
     world_rows,
 )
+from training_table import WIDTH, show_alone, show_many, show_unequal
 
 from raymerge.models.training import TrainingSettings, steps_of
 
@@ -78,18 +85,19 @@ def main() -> None:
         machine += f", {torch.cuda.get_device_name()}"
     machine += f", torch {torch.__version__}"
     command = " ".join(["python", *sys.argv])
-    print(f"{command}\n{machine}\n", flush=True)
+    print(f"{textwrap.fill(command, WIDTH)}\n{machine}, {place.dtype}\n", flush=True)
     results: Found = {}
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     if "many" in arguments.parts:
         results["many"] = measure_many(plan, arguments.base, world_rows()[: arguments.adapters])
-        show_many(results["many"], arguments.base)
+        show_many(results["many"])
     if "unequal" in arguments.parts:
         results["unequal"] = measure_unequal(plan, arguments.base, unequal_rows(arguments.adapters))
         show_unequal(results["unequal"])
     for size in arguments.alone if "alone" in arguments.parts else ():
         alone = replace(plan, place=replace(place, threads=arguments.threads))
         results[f"alone {size}"] = measure_alone(alone, size, arguments.steps)
-        show_alone(results[f"alone {size}"], size, arguments.threads)
+        show_alone(results[f"alone {size}"])
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump({"machine": machine, "command": command, "results": results}, file, indent=1, sort_keys=True)
@@ -98,91 +106,82 @@ def main() -> None:
 def measure_many(plan: Plan, size: Size, groups: Sequence[tuple[str, Rows]]) -> Found:
     """Seconds of all adapters by us, and by Trainer from a sample of them."""
     single = [Job((group,), plan.settings) for group in groups]
-    items = _items(plan, groups)
+    items = [(item,) for item in _items(plan, groups)]
     ours: list[float] = []
-    theirs: list[float] = []
-    loops: list[float] = []
-    timed = 0
+    theirs: list[Done] = []
     with Crew(size, plan.place, plan.processes) as crew:
         crew.each(by_us, Job(tuple(groups[:2]), replace(plan.settings, epochs=1)))
         peft, choices, tried = quickest(plan, size, single)
-        sample = [(job, choices) for job in _spread(single, plan.sample)]
+        sample = [(job, choices) for job in _spread(single, plan.sample, 2 * peft.count)]
         with peft:
             for _ in range(plan.rounds):
-                for part in (sample[::2], sample[1::2]):
-                    if len(theirs) % 2:
-                        seconds, done = crew.deal(by_us, [(item,) for item in items])
-                        ours.append(seconds)
-                    if part:
-                        seconds, results = peft.deal(by_peft, part)
-                        theirs.append(seconds)
-                        loops.append(seconds * sum(r.loop for r in results) / sum(r.seconds for r in results))
-                        timed += len(part)
-            their_peak = peft.peak()
-        speed = sum(crew.each(peak_speed))
-        operations = crew.each(floor_operations, Job(tuple(groups), plan.settings))[0]
-        mine, peak = statistics.median(ours), crew.peak()
-    whole, loop = (sum(seconds) * len(groups) / timed for seconds in (theirs, loops))
-    return {
-        "adapters": len(groups), "sample": len(sample), "steps": steps_of(len(groups[0][1]), plan.settings),
-        "theirs": f"{peft.count} x {plan.processes // peft.count} threads, {_said(choices)}", "tried_s": tried,
-        "ours_s": mine, "theirs_s": whole, "theirs_loop_s": loop, "floor_s": operations / speed,
-        "ratio": whole / mine, "ratio_to_loop": loop / mine, "speed": speed, "padding": _padding(done),
-        "processes": plan.processes, "memory_mib": {"ours": peak, "theirs": their_peak},
+                theirs += peft.deal(by_peft, sample[::2])[1]
+                seconds, done = crew.deal(by_us, items)
+                ours.append(seconds)
+                theirs += peft.deal(by_peft, sample[1::2])[1]
+            memory = {"ours": crew.peak(), "theirs": peft.peak()}
+        floor = _floor(crew, Job(tuple(groups), plan.settings))
+    mine = statistics.median(ours)
+    whole, loop = (
+        sum(seconds) / len(theirs) * len(groups) / peft.count
+        for seconds in ([d.seconds for d in theirs], [d.loop for d in theirs])
+    )
+    return floor | {
+        "base": str(size), "adapters": len(groups), "steps": steps_of(len(groups[0][1]), plan.settings),
+        "sample": len(sample), "rounds": plan.rounds, "item": len(items[0][0].groups),
+        "ours_in": [plan.processes, plan.place.threads], "theirs_in": [peft.count, _threads(plan, peft.count)],
+        "theirs": str(choices), "tried_s": tried, "ours_s": mine, "theirs_s": whole, "theirs_loop_s": loop,
+        "ratio": whole / mine, "ratio_to_loop": loop / mine, "padding": _padding(done), "memory_mib": memory,
     }  # fmt: skip
 
 
 def quickest(plan: Plan, size: Size, jobs: Sequence[Job]) -> tuple[Crew, Choices, dict[str, float]]:
     """The processes and settings in which Trainer is quickest, and the seconds of a short training in all tried."""
-    places = {plan.processes: plan.place, 1: replace(plan.place, threads=max(plan.processes, plan.place.threads))}
+    places = {count: replace(plan.place, threads=_threads(plan, count)) for count in (plan.processes, 1)}
     crews = {count: Crew(size, place, count) for count, place in places.items()}
     short = [Job(job.groups, replace(job.settings, epochs=min(2, job.settings.epochs))) for job in jobs]
     tried: dict[tuple[int, Choices], float] = {}
     for count, crew in crews.items():
         crew.each(by_peft, short[0], Choices())
-        for choices in candidates(plan.place) if not tried else [min(tried, key=lambda way: tried[way])[1]]:
-            part = [(job, choices) for job in short[:count]]
-            tried[count, choices] = min(crew.deal(by_peft, part)[0] / len(part) for _ in range(2))
-    count, choices = min(tried, key=lambda way: tried[way])
+        ways = candidates(plan.place.device, plan.place.dtype) if not tried else [min(tried, key=tried.__getitem__)[1]]
+        seconds: dict[Choices, list[float]] = {way: [] for way in ways}
+        for _ in range(3):
+            for way in ways:
+                seconds[way].append(crew.deal(by_peft, [(job, way) for job in short[:count]])[0] / len(short[:count]))
+        tried |= {(count, way): statistics.median(taken) for way, taken in seconds.items()}
+    count, choices = min(tried, key=tried.__getitem__)
     for other, crew in crews.items():
         if other != count:
             crew.close()
-    named = {f"{c} x {plan.processes // c} threads, {_said(way)}": seconds for (c, way), seconds in tried.items()}
+    named = {f"{c} x {_threads(plan, c)}, {way}": seconds for (c, way), seconds in tried.items()}
     return crews[count], choices, named
-
-
-def candidates(place: Place) -> list[Choices]:
-    """Trainer's settings that leave the task as it is."""
-    if place.device == "cpu":
-        return [Choices(), Choices(fused=False), Choices(by_length=True)]
-    kinds = [Choices()]
-    if place.dtype != "float32":
-        kinds += [Choices(autocast=True), Choices(plain_factors=True)]
-    return [replace(kind, by_length=by_length) for kind in kinds for by_length in (False, True)]
 
 
 def measure_unequal(plan: Plan, size: Size, groups: Sequence[tuple[str, Rows]]) -> Found:
     """Seconds of adapters of unequal size by us, together and, from a sample, one at a time."""
-    by_size = sorted(groups, key=lambda group: len(group[1]))
-    alone = replace(plan.settings, together=1)
-    sample = [(Job((group,), alone),) for group in _spread(by_size, 2 * plan.sample)]
+    longest_first = sorted(groups, key=lambda group: -len(group[1]))
+    settings = replace(plan.settings, together=1)
+    sample = [(Job((group,), settings),) for group in _spread(longest_first, 2 * plan.sample, plan.processes)]
     together: list[float] = []
-    apart: list[float] = []
+    apart: list[Done] = []
     with Crew(size, plan.place, plan.processes) as crew:
         crew.each(by_us, Job(tuple(groups[:2]), replace(plan.settings, epochs=1)))
         for _ in range(plan.rounds):
-            apart.append(crew.deal(by_us, sample)[0])
+            apart += crew.deal(by_us, sample)[1]
             seconds, done = crew.deal(by_us, [(item,) for item in _items(plan, groups)])
             together.append(seconds)
-            apart.append(crew.deal(by_us, sample)[0])
+            apart += crew.deal(by_us, sample)[1]
+        floor = _floor(crew, Job(tuple(groups), plan.settings))
     steps = sum(steps_of(len(rows), plan.settings) for _, rows in groups)
     seen = sum(steps_of(len(rows), plan.settings) for (job,) in sample for _, rows in job.groups)
-    sizes = [len(rows) for _, rows in by_size]
-    mine, single = statistics.median(together), statistics.median(apart) * steps / seen
-    return {
-        "adapters": len(groups), "rows": [sizes[0], statistics.median(sizes), sizes[-1]], "steps": steps,
-        "sample": len(sample), "together_s": mine, "one_at_a_time_s": single, "ratio": single / mine,
-        "padding": _padding(done), "processes": plan.processes,
+    sizes = [len(rows) for _, rows in longest_first]
+    mine = statistics.median(together)
+    single = sum(d.seconds for d in apart) / (2 * plan.rounds * seen) * steps / plan.processes
+    return floor | {
+        "base": str(size), "adapters": len(groups), "rows": [sizes[-1], statistics.median(sizes), sizes[0]],
+        "steps": steps, "sample": len(sample), "sample_steps": seen, "rounds": plan.rounds,
+        "in": [plan.processes, plan.place.threads], "together_s": mine, "one_at_a_time_s": single,
+        "ratio": single / mine, "padding": _padding(done),
     }  # fmt: skip
 
 
@@ -197,23 +196,58 @@ def measure_alone(plan: Plan, size: Size, steps: int) -> Found:
         losses, learned = crew.each(compare_work, rows, replace(settings, epochs=min(10, max(2, steps))))[0]
         _require_same(losses, learned, plan.place.dtype)
         crew.each(by_us, job)
-        short = Job((("alone", rows[: 2 * settings.batch_size]),), replace(settings, epochs=1))
-        peft.each(by_peft, short, Choices())
-        tried = {way: peft.each(by_peft, short, way)[0].seconds for way in candidates(plan.place)}
-        choices = min(tried, key=lambda way: tried[way])
-        ours, theirs = [], []
+        part = replace(settings, epochs=min(5, settings.epochs))
+        tried = _tried(
+            peft,
+            Job((("alone", rows[: 2 * settings.batch_size]),), part),
+            candidates(plan.place.device, plan.place.dtype),
+        )
+        best = dict.fromkeys(min(tried, key=lambda way: tried[way][kind]) for kind in (0, 1))
+        ours: list[Done] = []
+        theirs: dict[Choices, list[Done]] = {way: [] for way in best}
         for _ in range(max(3, plan.rounds)):
             ours += crew.each(by_us, job)
-            theirs += peft.each(by_peft, job, choices)
+            for way in best:
+                theirs[way] += peft.each(by_peft, job, way)
         memory = {"ours": crew.peak(), "theirs": peft.peak()}
-    mine, whole = (statistics.median(done.seconds for done in way) for way in (ours, theirs))
-    loop, tokens = statistics.median(done.loop for done in theirs), ours[0].tokens
-    return {
-        "ours_tokens_per_s": tokens / mine, "theirs_tokens_per_s": tokens / whole,
-        "theirs_loop_tokens_per_s": tokens / loop, "ratio": whole / mine, "ratio_to_loop": loop / mine,
-        "steps": steps_of(len(rows), settings), "tokens": tokens, "theirs": _said(choices),
-        "losses_apart": losses, "adapters_apart": learned, "memory_mib": memory,
+        floor = _floor(crew, job)
+    mine, tokens = statistics.median(done.seconds for done in ours), ours[0].tokens
+    medians = {way: _medians(done) for way, done in theirs.items()}
+    whole_way, loop_way = (min(medians, key=lambda way: medians[way][kind]) for kind in (0, 1))
+    whole, loop = medians[whole_way][0], medians[loop_way][1]
+    return floor | {
+        "base": str(size), "in": [1, plan.place.threads], "rounds": len(ours), "tokens": tokens,
+        "steps": steps_of(len(rows), settings), "tried_s": {str(way): both for way, both in tried.items()},
+        "tried_steps": steps_of(2 * settings.batch_size, part), "ours_s": mine, "theirs_s": whole,
+        "theirs_loop_s": loop, "theirs": str(whole_way), "theirs_loop": str(loop_way), "ratio": whole / mine,
+        "ratio_to_loop": loop / mine, "losses_apart": losses, "adapters_apart": learned, "memory_mib": memory,
     }  # fmt: skip
+
+
+def _tried(peft: Crew, job: Job, ways: Sequence[Choices]) -> dict[Choices, tuple[float, float]]:
+    """Trainer's whole seconds and its loop's in each way: medians of three in turn, after one that is not counted."""
+    peft.each(by_peft, job, Choices())
+    done: dict[Choices, list[Done]] = {way: [] for way in ways}
+    for _ in range(3):
+        for way in ways:
+            done[way] += peft.each(by_peft, job, way)
+    return {way: _medians(seen) for way, seen in done.items()}
+
+
+def _medians(done: Sequence[Done]) -> tuple[float, float]:
+    return statistics.median(d.seconds for d in done), statistics.median(d.loop for d in done)
+
+
+def _floor(crew: Crew, job: Job) -> Found:
+    """Seconds of a job's operations at the speed of a large product in all processes, and whose product it is."""
+    operations = crew.each(floor_operations, job)[0]
+    speeds, libraries = zip(*crew.each(peak_speed), strict=True)
+    return {"floor_s": operations / sum(speeds), "speed": sum(speeds), "library": ", ".join(sorted(set(libraries)))}
+
+
+def _threads(plan: Plan, count: int) -> int:
+    """Threads of each process when so many share the cores."""
+    return max(plan.processes // count, plan.place.threads)
 
 
 def _require_same(losses: float, learned: float, dtype: str) -> None:
@@ -229,65 +263,14 @@ def _items(plan: Plan, groups: Sequence[tuple[str, Rows]]) -> list[Job]:
     return [Job(tuple(groups[at : at + size]), plan.settings) for at in range(0, len(groups), size)]
 
 
-def _spread(things: Sequence[Any], count: int) -> list[Any]:
-    """So many of them, evenly spread."""
-    count = min(count, len(things))
+def _spread(things: Sequence[Any], count: int, multiple: int) -> list[Any]:
+    """So many of them or a few more, evenly spread: a multiple of a number, where there are as many."""
+    count = min(-(-count // multiple) * multiple, len(things))
     return [things[(2 * number + 1) * len(things) // (2 * count)] for number in range(count)]
 
 
-def _padding(done: Sequence[Any]) -> float:
+def _padding(done: Sequence[Done]) -> float:
     return 1 - sum(d.tokens for d in done) / sum(d.computed for d in done)
-
-
-def _said(choices: Choices) -> str:
-    return ", ".join(name for name, value in asdict(choices).items() if value) or "plain AdamW"
-
-
-def show_many(found: Mapping[str, Any], size: Size) -> None:
-    count = found["adapters"]
-    print(f"many: {count} adapters of {found['steps']} steps, base {size}, {found['processes']} processes")
-    for name, key in (
-        ("ours", "ours_s"), ("PEFT + Trainer, one at a time", "theirs_s"),
-        ("  of it trainer.train()'s own loop", "theirs_loop_s"), ("floor: multiplications", "floor_s"),
-    ):  # fmt: skip
-        print(f"  {name:38s} {found[key]:9.1f} s {found[key] / count * 1000:9.0f} ms an adapter")
-    print(f"  Trainer from a sample of {found['sample']}; quickest: {found['theirs']}")
-    for name, seconds in found["tried_s"].items():
-        print(f"    tried {name:36s} {seconds * 1000:9.0f} ms for a short training")
-    print(f"  ratio {found['ratio']:.2f} (2 asked; to its loop alone {found['ratio_to_loop']:.2f})", end="")
-    print(f"; ours takes {found['ours_s'] / found['floor_s']:.2f} times the floor; padding {found['padding']:.1%}")
-    _show_memory(found)
-
-
-def show_unequal(found: Mapping[str, Any]) -> None:
-    least, median, most = found["rows"]
-    print(
-        f"unequal: {found['adapters']} adapters of {least} to {most} rows (median {median:g}), {found['steps']} steps"
-    )
-    print(f"  ours, together                         {found['together_s']:9.1f} s; padding {found['padding']:.1%}")
-    print(f"  ours, one at a time                    {found['one_at_a_time_s']:9.1f} s, from {found['sample']} of them")
-    print(f"  gain {found['ratio']:.2f}\n", flush=True)
-
-
-def show_alone(found: Mapping[str, Any], size: Size, threads: int) -> None:
-    print(f"alone: one adapter, {found['steps']} steps, {found['tokens']} tokens, base {size}, {threads} threads")
-    for name, key in (
-        ("ours", "ours_tokens_per_s"), ("PEFT + Trainer", "theirs_tokens_per_s"),
-        ("  its loop alone", "theirs_loop_tokens_per_s"),
-    ):  # fmt: skip
-        print(f"  {name:38s} {found[key]:9.0f} tokens/s")
-    print(
-        f"  ratio {found['ratio']:.2f} (0.9 asked; to its loop alone {found['ratio_to_loop']:.2f}); {found['theirs']}"
-    )
-    print(f"  same work: losses apart {found['losses_apart']:.1e}, adapters {found['adapters_apart']:.1e}")
-    _show_memory(found)
-
-
-def _show_memory(found: Mapping[str, Any]) -> None:
-    ours, theirs = found["memory_mib"]["ours"], found["memory_mib"]["theirs"]
-    print(
-        f"  peak above the loaded base, a process: ours {ours:.0f} MiB, PEFT + Trainer {theirs:.0f} MiB\n", flush=True
-    )
 
 
 def _size(text: str) -> Size:
@@ -296,13 +279,11 @@ def _size(text: str) -> Size:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--parts", nargs="+", default=["many", "unequal", "alone"], choices=["many", "unequal", "alone"]
-    )
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--base", type=_size, default=Size(128, 4), help="of many and unequal: hidden x layers")
     parser.add_argument("--alone", type=_size, nargs="+", default=[Size(128, 4), Size(512, 8)], help="bases")
     parser.add_argument("--adapters", type=int, default=200, help="at most 200")
-    parser.add_argument("--sample", type=int, default=10, help="of Trainer's adapters")
+    parser.add_argument("--sample", type=int, default=10, help="of Trainer's adapters, rounded up")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--steps", type=int, default=4, help="with rows of 256 tokens")
     parser.add_argument("--rounds", type=int, default=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import multiprocessing
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -63,10 +64,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Done:
-    """What a job took. loop: of `seconds`, those of Trainer's own loop. tokens: of all steps, without padding.
-    computed: tokens that went through the model, padding and idle slots included."""
+    """What a job took. busy: processor seconds, which other work on the machine hardly changes. loop: of `seconds`,
+    those of Trainer's own loop. tokens: of all steps, without padding. computed: tokens that went through the model,
+    padding and idle slots included."""
 
     seconds: float
+    busy: float
     tokens: int
     computed: int
     loop: float = 0.0
@@ -207,22 +210,23 @@ def _tokens(job: Job) -> int:
 def by_us(job: Job) -> Done:
     """All adapters of a job by one call of train()."""
     before, groups = _computed, [TrainingGroup(name, rows) for name, rows in job.groups]
-    begun = time.perf_counter()
+    begun, busy = time.perf_counter(), time.process_time()
     trained = train(_base, groups, job.settings)
-    seconds = time.perf_counter() - begun
+    seconds, busy = time.perf_counter() - begun, time.process_time() - busy
     for result in trained:
         rows = dict(job.groups)[result.adapter.name]
         assert len(result.losses) == steps_of(len(rows), job.settings)
         assert not result.diverged
-    return Done(seconds, _tokens(job), _computed - before)
+    return Done(seconds, busy, _tokens(job), _computed - before)
 
 
 def by_peft(job: Job, choices: Choices) -> Done:
     """The adapters of a job by PEFT and Trainer, one after the other; tokenising is not counted."""
     before, encoded = _computed, [_encoded(rows) for _, rows in job.groups]
-    begun = time.perf_counter()
+    begun, busy = time.perf_counter(), time.process_time()
     loop = sum(train_by_peft(_base, rows, job.settings, choices).seconds for rows in encoded)
-    return Done(time.perf_counter() - begun, _tokens(job), _computed - before, loop)
+    seconds, busy = time.perf_counter() - begun, time.process_time() - busy
+    return Done(seconds, busy, _tokens(job), _computed - before, loop)
 
 
 def compare_work(rows: Rows, settings: TrainingSettings) -> tuple[float, float]:
@@ -271,20 +275,24 @@ def floor_operations(job: Job) -> float:
     return 2.0 * job.settings.epochs * (tokens * (2 * base + 3 * factors) + answers * 2 * math.prod(shape_of(head)))
 
 
-def peak_speed() -> float:
-    """Multiplications and additions a second of a large product, by the quicker library."""
+def peak_speed() -> tuple[float, str]:
+    """Multiplications and additions a second of a large product, and the library that was quickest at it."""
     cuda = _base.device.type == "cuda"
     width = 8192 if cuda else 1024
     left, right = (torch.randn(width, width, dtype=_base.dtype, device=_base.device) for _ in range(2))
-    products: list[Callable[[], Tensor]] = [lambda: left @ right]
+    blas = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
+    products: dict[str, Callable[[], Tensor]] = {
+        "cuBLAS" if cuda else f"torch.matmul (BLAS: {blas[1] if blas else 'own'})": lambda: left @ right
+    }
     if not cuda and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        products.append(lambda: torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], ""))
-    seconds = []
-    for product in products:
-        for _ in range(6):
+        products["oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+    taken = []
+    for library, product in products.items():
+        for _ in range(20):
             begun = time.perf_counter()
             product()
             if cuda:
                 torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - begun)
-    return float(2 * width**3 / min(seconds))
+            taken.append((time.perf_counter() - begun, library))
+    seconds, library = min(taken)
+    return 2 * width**3 / seconds, library

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +19,9 @@ from raymerge.errors import ModelError
 from raymerge.models.answers import AnswerHead, TokenRow, encode_rows, pad_right
 from raymerge.models.base import BaseModel
 from raymerge.models.prefix import Prefix, Prefixes, check_room
-from raymerge.models.training import TrainingGroup, TrainingSettings, batch_order, learning_rate
-from raymerge.models.training.memory import ran_out
+from raymerge.models.training import GroupProgress, TrainingGroup, TrainingSettings, batch_order, learning_rate
+from raymerge.models.training.memory import fitting
+from raymerge.models.training.rows import Limits
 
 # Tokens of one step, those of the prefixes included: large products that stay in the caches of a CPU.
 _TOKENS = {"cpu": 4096, "cuda": 32768}
@@ -37,8 +38,9 @@ class TrainedPrefix:
 
     @property
     def diverged(self) -> bool:
-        """Whether a loss was NaN or infinite: such a prefix must not be used."""
-        return not all(math.isfinite(loss) for loss in self.losses)
+        """Whether a loss or a number of the prefix is NaN or infinite: such a prefix must not be used."""
+        finite = all(math.isfinite(loss) for loss in self.losses)
+        return not finite or not bool(torch.isfinite(self.prefix.embeddings).all())
 
 
 def first_prefix(base: BaseModel, tokens: int, seed: int) -> tuple[dict[str, Any], Tensor]:
@@ -60,20 +62,29 @@ def train_prefixes(
     first: Tensor,
     settings: TrainingSettings,
     wanted: Container[str] | None = None,
+    *,
+    stepped: Callable[[Mapping[str, GroupProgress], int], None] | None = None,
+    said: Callable[[str], None] | None = None,
 ) -> Iterator[TrainedPrefix]:
     """Train one prefix for each group, as each chunk of them is done, in no particular order.
 
     first: what every prefix begins with, float32 (tokens, width). settings: those of an adapter that are about its
-    optimiser, its rows and their order; each group sees the batches that training an adapter would show it.
+    optimiser, its rows and their order; each group sees the batches that training an adapter would show it, and every
+    prefix is trained to the end, whatever `patience` is.
     wanted: names of those that are missing; a chunk without any is left out, so that bytes do not depend on it.
+    stepped, said: as of `Watch`, of the groups that are not left out.
     Loss: mean cross entropy over the answer's tokens, the end token included. Optimiser: AdamW.
-    Raises ModelError if the prefix leaves no room, a group has no rows, or a row is longer than what is left.
+    Raises ModelError if the prefix leaves no room, a group has no rows, a row is longer than what is left, or memory
+    does not hold one row.
     """
     check_room("training", len(first), base.model, room=2)
     encoded = {group.name: _encoded(base, group, len(first), settings) for group in groups}
-    for chunk in _chunks(encoded, len(first), settings, base):
-        if wanted is None or any(name in wanted for name in chunk):
-            yield from _train_chunk(base, {name: encoded[name] for name in chunk}, first, settings)
+    chunks = _chunks(encoded, len(first), settings, base)
+    chunks = [chunk for chunk in chunks if wanted is None or any(name in wanted for name in chunk)]
+    steps = {name: len(batch_order(len(encoded[name]), settings)) for chunk in chunks for name in chunk}
+    told = _Told(steps, settings.epochs, stepped, said)
+    for chunk in chunks:
+        yield from _train_chunk(base, {name: encoded[name] for name in chunk}, first, settings, told)
 
 
 def _encoded(base: BaseModel, group: TrainingGroup, taken: int, settings: TrainingSettings) -> list[TokenRow]:
@@ -106,16 +117,42 @@ def _chunks(
     return [order[begin:end] for begin, end in itertools.pairwise(cuts) if end > begin]
 
 
+class _Told:
+    """How far each prefix is, for those who want to be told."""
+
+    def __init__(
+        self,
+        steps: Mapping[str, int],
+        epochs: int,
+        stepped: Callable[[Mapping[str, GroupProgress], int], None] | None,
+        said: Callable[[str], None] | None,
+    ) -> None:
+        self.said = said or (lambda text: None)
+        self._epochs = epochs
+        self._stepped = stepped
+        self._progress = {name: GroupProgress(0, most, 0.0, math.nan, None, False) for name, most in steps.items()}
+
+    def step(self, losses: Mapping[str, float], tokens: int) -> None:
+        """Tell of a joint step: the losses of those that took part, and the tokens of their rows."""
+        for name, loss in losses.items():
+            step, steps = self._progress[name].step + 1, self._progress[name].steps
+            self._progress[name] = GroupProgress(step, steps, self._epochs * step / steps, loss, None, step == steps)
+        if self._stepped is not None:
+            self._stepped(self._progress, tokens)
+
+
 def _train_chunk(
-    base: BaseModel, encoded: Mapping[str, Sequence[TokenRow]], first: Tensor, settings: TrainingSettings
+    base: BaseModel, encoded: Mapping[str, Sequence[TokenRow]], first: Tensor, settings: TrainingSettings, told: _Told
 ) -> Iterator[TrainedPrefix]:
     embeddings = [nn.Parameter(first.to(base.device, torch.float32).clone()) for _ in encoded]
     optimiser = torch.optim.AdamW(
         [{"params": [own]} for own in embeddings], lr=0.0, weight_decay=settings.weight_decay, fused=True
     )
+    names = list(encoded)
     orders = [batch_order(len(rows), settings) for rows in encoded.values()]
-    losses: list[list[Tensor]] = [[] for _ in embeddings]
-    gradients = _Gradients(base, embeddings, settings.micro_batch and settings.micro_batch * len(embeddings))
+    losses: list[list[float]] = [[] for _ in embeddings]
+    # a chunk begins with what is asked, whatever the one before it found, so that its bytes do not depend on that
+    gradients = _Gradients(base, embeddings, Limits(settings.micro_batch), told.said)
     try:
         for step in range(max(map(len, orders))):
             batches = {
@@ -123,26 +160,31 @@ def _train_chunk(
                 for number, rows in enumerate(encoded.values())
                 if step < len(orders[number])
             }
-            own_losses = gradients.compute(batches)
+            own_losses = gradients.compute(batches).tolist()
             for number, own in zip(batches, own_losses, strict=True):
                 nn.utils.clip_grad_norm_([embeddings[number]], settings.clip)
                 optimiser.param_groups[number]["lr"] = learning_rate(step, len(orders[number]), settings)
                 losses[number].append(own)
             optimiser.step()
+            tokens = sum(len(row) for rows in batches.values() for row in rows)
+            told.step({names[n]: own for n, own in zip(batches, own_losses, strict=True)}, tokens)
     finally:
         gradients.prefixes.detach()
     for (name, rows), trained, lost in zip(encoded.items(), embeddings, losses, strict=True):
         answered = sum(len(row.answer) for row in rows)
-        yield TrainedPrefix(Prefix(name, trained.detach().cpu()), tuple(torch.stack(lost).tolist()), answered)
+        yield TrainedPrefix(Prefix(name, trained.detach().cpu()), tuple(lost), answered)
 
 
 class _Gradients:
     """Losses and gradients of the prefixes of a chunk, over so many rows at once as memory holds."""
 
-    def __init__(self, base: BaseModel, embeddings: Sequence[nn.Parameter], at_once: int | None) -> None:
+    def __init__(
+        self, base: BaseModel, embeddings: Sequence[nn.Parameter], limits: Limits, said: Callable[[str], None]
+    ) -> None:
         self.base = base
         self.embeddings = embeddings
-        self.at_once = at_once
+        self.limits = limits
+        self.said = said
         self.head = AnswerHead(base)
         self.prefixes = Prefixes(base.model)
         self.prefixes.load(embeddings)
@@ -152,29 +194,22 @@ class _Gradients:
 
         Raises ModelError if memory does not hold one row.
         """
-        rows = [(place, row) for place, own in enumerate(batches.values()) for row in own]
-        while True:
-            width = self.at_once or len(rows)
-            try:
-                return self._accumulated(list(batches), rows, width)
-            except (RuntimeError, MemoryError) as error:
-                if not ran_out(error):
-                    raise
-                if width == 1:
-                    raise ModelError(f"training a prefix: memory does not hold one row.\n{error}") from error
-                self.at_once = math.ceil(min(width, len(rows)) / 2)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()  # here, where no traceback holds the tensors of the failed pass
+        most = max(map(len, batches.values()))
 
-    def _accumulated(self, numbers: Sequence[int], rows: Sequence[tuple[int, TokenRow]], width: int) -> Tensor:
+        def tried(limits: Limits) -> Limits:
+            return Limits(min(most, limits.rows or most), min(len(batches), limits.slots or len(batches)))
+
+        found, self.limits = fitting(lambda limits: self._accumulated(batches, limits), self.limits, tried, self.said)
+        return found
+
+    def _accumulated(self, batches: Mapping[int, Sequence[TokenRow]], limits: Limits) -> Tensor:
         for own in self.embeddings:
             own.grad = None
-        counts = torch.zeros(len(numbers), device=self.base.device)
-        for place, row in rows:
-            counts[place] += len(row.answer)
+        numbers = list(batches)
+        answered = [sum(len(row.answer) for row in rows) for rows in batches.values()]
+        counts = torch.tensor(answered, dtype=torch.float32, device=self.base.device)
         losses = torch.zeros_like(counts)
-        for start in range(0, len(rows), width):
-            part = rows[start : start + width]
+        for part in _parts(list(batches.values()), limits):
             places = [place for place, _ in part]
             nats = self._nats([numbers[place] for place in places], [row for _, row in part])
             torch.autograd.backward((nats / counts[places]).sum())
@@ -192,3 +227,13 @@ class _Gradients:
         nats = nn.functional.cross_entropy(logits, ids.flatten()[places], reduction="none")
         everywhere = nats.new_zeros(ids.numel()).index_copy(0, places, nats)  # one order of summing on any device
         return everywhere.view(ids.shape).sum(1)
+
+
+def _parts(batches: Sequence[Sequence[TokenRow]], limits: Limits) -> Iterator[list[tuple[int, TokenRow]]]:
+    """Rows that are computed at once, each with the place of its prefix."""
+    slots = limits.slots or len(batches)
+    height = limits.rows or max(map(len, batches))
+    for begin in range(0, len(batches), slots):
+        some = list(enumerate(batches))[begin : begin + slots]
+        for start in range(0, max(len(rows) for _, rows in some), height):
+            yield [(place, row) for place, rows in some for row in rows[start : start + height]]

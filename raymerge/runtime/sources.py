@@ -99,9 +99,9 @@ def _anchor_location(source: AnswerSource) -> str | None:
     """Where the anchor lies of an adapter that is used as it is; None for the base."""
     if source.kind != "adapter" or source.location is None or source.anchor in (None, "none"):
         return None
-    named = source.anchor
+    named: str | None = source.anchor
     if named == "auto":
-        digest = adapter_digest(source.location, source.persona)
+        digest = adapter_digest(source.location)
         named = describe(source.location, source.persona, digest).started_from
     return storage.resolve(source.workspace, named) if named else None
 

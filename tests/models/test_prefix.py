@@ -1,5 +1,6 @@
 """Prefixes side by side are what PEFT computes with each alone, and load in PEFT as they are."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -217,23 +218,76 @@ def test_chunks_that_are_there_are_left_out_and_the_others_are_the_same_bytes(ba
         assert torch.equal(result.prefix.embeddings, whole[name].prefix.embeddings)
 
 
-def test_a_full_memory_is_met_with_fewer_rows_at_once(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    groups = [group("p0", 8), group("p1", 8, 1)]
-    wanted = trained(base, groups, SETTINGS)
-    widths: list[int] = []
+def cramp(monkeypatch: pytest.MonkeyPatch, most: int, error: Exception) -> list[list[int]]:
+    """Memory for so many rows. Returns the prefixes of the rows of each pass that was begun."""
+    begun: list[list[int]] = []
     rows = Prefixes.rows
 
     def cramped(self: Prefixes, index: Sequence[int]) -> Any:
-        widths.append(len(index))
-        if len(index) > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+        begun.append(list(index))
+        if len(index) > most:
+            raise error
         return rows(self, index)
 
     monkeypatch.setattr(Prefixes, "rows", cramped)
-    found = trained(base, groups, SETTINGS)
-    assert widths[:3] == [8, 4, 2]
-    assert max(widths[3:]) == 2
-    assert all(found[name].losses == pytest.approx(wanted[name].losses, rel=1e-4) for name in wanted)
+    return begun
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when")],
+)
+def test_a_full_memory_is_met_with_fewer_rows_at_once_and_said(
+    error: Exception, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = [group("p0", 8), group("p1", 8, 1), group("p2", 8, 2)]
+    wanted = trained(base, groups, SETTINGS)
+    _, first = first_prefix(base, 4, SETTINGS.seed)
+    begun, said = cramp(monkeypatch, 2, error), []
+    found = {r.prefix.name: r for r in train_prefixes(base, groups, first, SETTINGS, said=said.append)}
+    assert [len(index) for index in begun[:4]] == [12, 6, 3, 1]
+    assert max(map(len, begun[4:])) == 1
+    assert [text.split(":")[0] for text in said] == [
+        "memory ran out at 4 rows of an adapter at once", "memory ran out at 2 rows of an adapter at once",
+        "memory ran out at one row of 3 adapters at once",
+    ]  # fmt: skip
+    for name, one in wanted.items():
+        assert found[name].losses == pytest.approx(one.losses, rel=1e-4)
+        assert torch.allclose(found[name].prefix.embeddings, one.prefix.embeddings, atol=1e-3)
+    begun, said = cramp(monkeypatch, 0, error), []
+    with pytest.raises(ModelError, match="memory runs out at one row of one adapter"):
+        list(train_prefixes(base, groups, first, SETTINGS))
+
+
+def test_micro_batches_count_the_rows_of_one_prefix(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = [group("p0", 4), group("p1", 3, 1)]
+    begun = cramp(monkeypatch, 99, MemoryError())
+    trained(base, groups, replace(SETTINGS, epochs=1, micro_batch=3))
+    assert begun == [[0, 0, 0, 1, 1, 1], [1]]  # p0 is the second: those with fewer rows come first
+
+
+def test_those_who_watch_are_told_of_each_step(base: BaseModel) -> None:
+    groups = [group("p0", 8), group("p1", 3, 1), group("p2", 8, 2)]
+    _, first = first_prefix(base, 4, 0)
+    told: list[tuple[dict[str, Any], int]] = []
+    settings = replace(SETTINGS, together=1)
+    results = train_prefixes(
+        base,
+        groups,
+        first,
+        settings,
+        {"p0", "p1"},
+        stepped=lambda progress, tokens: told.append((dict(progress), tokens)),
+    )
+    losses = {result.prefix.name: result.losses for result in results}
+    last = told[-1][0]
+    assert last.keys() == losses.keys() == {"p0", "p1"}
+    assert {name: (p.step, p.steps, p.epoch, p.done) for name, p in last.items()} == {
+        "p0": (6, 6, 3.0, True), "p1": (3, 3, 3.0, True)
+    }  # fmt: skip
+    assert tuple(progress["p0"].loss for progress, _ in told if progress["p0"].step > 0) == losses["p0"]
+    rows = [encode_rows(base, *_texts(one), end=True) for one in groups[:2]]
+    assert sum(tokens for _, tokens in told) == 3 * sum(len(row) for some in rows for row in some)
 
 
 def test_a_nan_stays_in_its_own_prefix(base: BaseModel) -> None:
@@ -250,6 +304,12 @@ def test_a_nan_stays_in_its_own_prefix(base: BaseModel) -> None:
     assert torch.allclose(both[1], wanted, atol=1e-5)
     found = trained(base, [group("p0", 6)], replace(SETTINGS, learning_rate=1e30))
     assert found["p0"].diverged
+
+
+def test_a_prefix_that_its_last_step_broke_has_diverged(base: BaseModel) -> None:
+    broken = trained(base, [group("p0", 4)], replace(SETTINGS, epochs=1, learning_rate=1e39))["p0"]
+    assert [math.isfinite(loss) for loss in broken.losses] == [True]
+    assert broken.diverged
 
 
 def test_a_saved_prefix_loads_in_peft_as_it_is(any_base: BaseModel, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from raymerge.models.layers import compute_dtype, frozen_weight, is_quantised, s
 
 # Floats between the beginnings of two factors in a row: 64 bytes, so that vector instructions meet whole lines.
 _ALIGN = 16
+_KEPT = ("factors", "gradients", "first", "second")
 
 
 class Rows:
@@ -27,28 +28,42 @@ class Rows:
     first, second: Adam's moments. cast: the factors in the layers' dtype, the same tensor where that is float32.
     """
 
+    factors: Tensor
+    gradients: Tensor
+    first: Tensor
+    second: Tensor
+    cast: Tensor
+
     def __init__(self, slots: int, length: int, device: torch.device, dtype: torch.dtype) -> None:
-        self.factors, self.gradients, self.first, self.second = (
-            torch.zeros(slots, length, device=device) for _ in range(4)
-        )
         self.dtype = dtype
-        self.cast = self._new_cast()
+        self._length, self._device = length, device
+        self.allocate(slots)
+
+    def allocate(self, slots: int) -> None:
+        """Begin anew with so many slots, all zeros; the memory of before is free first."""
+        for name in (*_KEPT, "cast"):
+            setattr(self, name, torch.zeros(0, self._length, device=self._device))
+        self.factors, self.gradients, self.first, self.second = (
+            torch.zeros(slots, self._length, device=self._device) for _ in _KEPT
+        )
+        same = self.dtype == torch.float32
+        self.cast = self.factors if same else torch.zeros_like(self.factors, dtype=self.dtype)
 
     def keep(self, slots: Sequence[int]) -> None:
-        """Forget all other slots; those that stay stand in the given order."""
-        chosen = torch.tensor(slots, dtype=torch.int64, device=self.factors.device)
-        self.factors, self.gradients, self.first, self.second = (
-            rows.index_select(0, chosen) for rows in (self.factors, self.gradients, self.first, self.second)
-        )
-        self.cast = self._new_cast()
+        """Forget all other slots. slots: ascending. The memory stays, so that nothing is held twice."""
+        for name in _KEPT:
+            rows = getattr(self, name)
+            for place, slot in enumerate(slots):
+                if place < slot:
+                    rows[place].copy_(rows[slot])
+            setattr(self, name, rows[: len(slots)])
+        self.cast = self.factors if self.dtype == torch.float32 else self.cast[: len(slots)]
+        self.refresh()
 
     def refresh(self) -> None:
         """Bring the factors into the layers' dtype."""
         if self.cast is not self.factors:
             self.cast.copy_(self.factors)
-
-    def _new_cast(self) -> Tensor:
-        return self.factors if self.dtype == torch.float32 else self.factors.to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -77,9 +92,9 @@ class StackedModule:
 
 
 class FactorStack:
-    """Factors, gradients and moments of the adapters in training, over all devices of the model."""
+    """Factors, gradients and moments of the adapters in training, over all devices of the model; no slots before `allocate`."""
 
-    def __init__(self, model: Any, layers: Mapping[str, nn.Module], rank: int, scaling: float, slots: int) -> None:
+    def __init__(self, model: Any, layers: Mapping[str, nn.Module], rank: int, scaling: float) -> None:
         kinds = {path: (_device_of(layer), compute_dtype(model, layer)) for path, layer in layers.items()}
         lengths = dict.fromkeys(kinds.values(), 0)
         offsets: dict[str, tuple[int, int]] = {}
@@ -88,7 +103,7 @@ class FactorStack:
             begin = lengths[kinds[path]]
             offsets[path] = begin, begin + _aligned(rank * inner)
             lengths[kinds[path]] = offsets[path][1] + _aligned(rank * outer)
-        rows = {kind: Rows(slots, length, *kind) for kind, length in lengths.items()}
+        rows = {kind: Rows(0, length, *kind) for kind, length in lengths.items()}
         self.rows = tuple(rows.values())
         self.modules: dict[str, StackedModule] = {}
         for path, layer in layers.items():
@@ -99,10 +114,18 @@ class FactorStack:
             self.modules[path] = StackedModule(
                 path, rows[kinds[path]], offsets[path], rank, inner, outer, scaling, weight, bias
             )
+        self.slots = 0
+
+    def allocate(self, slots: int) -> None:
+        """Begin anew with so many slots, all zeros; the memory of before is free first."""
+        for rows in self.rows:
+            rows.allocate(0)
+        for rows in self.rows:
+            rows.allocate(slots)
         self.slots = slots
 
     def keep(self, slots: Sequence[int]) -> None:
-        """Forget all other slots; those that stay stand in the given order."""
+        """Forget all other slots. slots: ascending."""
         self.slots = len(slots)
         for rows in self.rows:
             rows.keep(slots)

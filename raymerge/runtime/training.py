@@ -19,7 +19,7 @@ from raymerge.models.training import GroupProgress, Trained, TrainingGroup, lear
 from raymerge.personas import Example, read_personas, render_prompt
 from raymerge.runtime.experts import first_line
 from raymerge.runtime.tasks import TrainGroup, TrainTask
-from raymerge.runtime.training_checkpoints import Checkpoint, Checkpoints
+from raymerge.runtime.training_checkpoints import Checkpoints
 from raymerge.runtime.training_curves import Curves, check_tensorboard, curves_folder
 from raymerge.runtime.training_inputs import TrainingInputs, gather_inputs
 from raymerge.runtime.training_progress import ProgressFile
@@ -28,8 +28,8 @@ from raymerge.runtime.training_progress import ProgressFile
 def train_to_folders(task: TrainTask, worker: Any) -> dict[str, Any]:
     """Train a task's adapters unless all are there; if one is missing all are trained, so that bytes stay the same.
 
-    Each is written as soon as it is finished. A training that was interrupted goes on from its last checkpoint, which
-    holds the adapters that were finished too: those that are missing by now are written from it. The result tells how
+    Each is written as soon as it is finished. A training that was interrupted goes on from its last checkpoint, unless
+    an adapter that was written before it, whose factors it lacks, is gone by now. The result tells how
     many adapters were written, which diverged (`failed`), what people should know (`said`), and the seconds of earlier
     workers that the checkpoint spared this one (`spared_s`).
     """
@@ -40,14 +40,14 @@ def train_to_folders(task: TrainTask, worker: Any) -> dict[str, Any]:
         _clear(task, checkpoints)
         return {"skipped": True}
     if _publish_tried(task, inputs):
+        _clear(task, checkpoints)
         return {"skipped": False, "adapters": 1}
     if task.training.get("tensorboard"):
         check_tensorboard()
     for group in task.groups:
         if group.name in missing:
             invalidate(group.folder)
-    begun = checkpoints.newest()
-    recorder = Recorder(task, inputs, missing, checkpoints, begun)
+    recorder = Recorder(task, inputs, missing, checkpoints)
     try:
         base = worker.base
         groups = [
@@ -58,11 +58,14 @@ def train_to_folders(task: TrainTask, worker: Any) -> dict[str, Any]:
             )
             for name, group in inputs.groups.items()
         ]
-        state = None if begun is None else begun.state
-        train(base, groups, inputs.settings, _start(task, worker), recorder, state)
+        train(base, groups, inputs.settings, _start(task, worker), recorder, recorder.take_state())
         recorder.publish()
-    except ModelError as error:
-        raise _with_persona(error, inputs) from error
+    except Exception as error:
+        ProgressFile(task.folder).remove()  # checkpoints stay: what is tried again goes on from them
+        _remove_if_empty(task.folder)
+        if isinstance(error, ModelError):
+            raise _with_persona(error, inputs) from error
+        raise
     finally:
         recorder.close()
     _clear(task, checkpoints)
@@ -116,14 +119,18 @@ def _clear(task: TrainTask, checkpoints: Checkpoints) -> None:
     """Nothing of a finished item stays but its adapters."""
     checkpoints.clear()
     ProgressFile(task.folder).remove()
-    if not storage.list_names(task.folder):
-        storage.remove(task.folder)
+    _remove_if_empty(task.folder)
+
+
+def _remove_if_empty(folder: str) -> None:
+    if not storage.list_names(folder):
+        storage.remove(folder)
 
 
 class Recorder:
     """What `train` tells, written down: adapters, checkpoints, how far it is, curves.
 
-    missing: the adapters to be written; the others are there, and only trained again. begun: what it goes on from.
+    missing: the adapters to be written; the others are there, and only trained again.
     """
 
     def __init__(
@@ -132,8 +139,11 @@ class Recorder:
         inputs: TrainingInputs,
         missing: set[str],
         checkpoints: Checkpoints,
-        begun: Checkpoint | None,
     ) -> None:
+        found = checkpoints.newest()
+        lost = [] if found is None else [name for name in found.note.get("kept", ()) if name in missing]
+        begun = None if lost else found
+        self._state = None if begun is None else begun.state
         note: Mapping[str, Any] = {} if begun is None else begun.note
         self._task = task
         self._inputs = inputs
@@ -144,6 +154,7 @@ class Recorder:
         self._of = int(note.get("of", 0))
         self._validation: dict[str, float | None] = dict(note.get("validation", {}))
         self._spared_s = float(note.get("seconds", 0.0))
+        self._kept: set[str] = set(note.get("kept", ()))
         self._finished: list[str] = []
         self._failed: dict[str, str] = {}
         self._started = self._saved = time.monotonic()
@@ -152,6 +163,13 @@ class Recorder:
         self._curves = _open_curves(task, missing, resumed=begun is not None)
         if begun is not None:
             self.said(f"goes on from its checkpoint, {sum(self._steps.values())} of {self._of} steps")
+        elif lost:
+            self.said(f"begins anew: its checkpoint leaves out what was written, and {', '.join(sorted(lost))} is gone")
+
+    def take_state(self) -> bytes | None:
+        """What the training goes on from, handed over: it is as large as all that is in training."""
+        state, self._state = self._state, None
+        return state
 
     def stepped(self, progress: Mapping[str, GroupProgress], tokens: int) -> None:
         """See models.training.Watch."""
@@ -163,16 +181,19 @@ class Recorder:
         self._validation = {name: p.validation for name, p in progress.items()}
         self._of = sum(p.steps for p in progress.values())
 
-    def finished(self, trained: Trained) -> None:
+    def finished(self, trained: Trained) -> bool:
         """See models.training.Watch."""
         name = trained.adapter.name
         if trained.diverged:
             self._failed[name] = f"{name}: training diverged: its loss or a factor became NaN. Lower the learning rate."
-            return
+            return False
         self._finished.append(name)
         if name in self._missing:
+            self._publish_or_say()  # before the adapter: whoever goes on draws no curve of one that is there
             [group] = [group for group in self._task.groups if group.name == name]
             write_artefact(group.folder, self._files(group, trained), self._manifest(group, trained), self._key(name))
+        self._kept.add(name)
+        return True
 
     def said(self, text: str) -> None:
         """See models.training.Watch."""
@@ -188,6 +209,7 @@ class Recorder:
             "steps": self._steps,
             "of": self._of,
             "validation": self._validation,
+            "kept": sorted(self._kept),
             "seconds": self._spared_s + time.monotonic() - self._started,
         }
         try:
@@ -196,6 +218,12 @@ class Recorder:
         except OSError as error:
             self.said(f"a checkpoint could not be written, training goes on: {first_line(error)}")
         self._saved = time.monotonic()
+
+    def _publish_or_say(self) -> None:
+        try:
+            self.publish()
+        except OSError as error:
+            self.said(f"curves could not be written, training goes on: {first_line(error)}")
 
     def publish(self) -> None:
         """Curves so far are there for others to see."""

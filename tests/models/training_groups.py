@@ -37,9 +37,13 @@ def flat(adapter: LoraAdapter, factor: str) -> Tensor:
 
 @dataclass
 class Recorder:
-    """A watch that writes down what it is told, and wants a checkpoint after some joint steps."""
+    """A watch that writes down what it is told, and wants a checkpoint after some joint steps.
+
+    keeps: names of adapters that it says it has put elsewhere.
+    """
 
     wanted: frozenset[int] = frozenset()
+    keeps: frozenset[str] = frozenset()
     steps: list[dict[str, GroupProgress]] = field(default_factory=list)
     tokens: int = 0
     done: list[Trained] = field(default_factory=list)
@@ -50,8 +54,9 @@ class Recorder:
         self.steps.append(dict(progress))
         self.tokens += tokens
 
-    def finished(self, trained: Trained) -> None:
+    def finished(self, trained: Trained) -> bool:
         self.done.append(trained)
+        return trained.adapter.name in self.keeps
 
     def said(self, text: str) -> None:
         self.texts.append(text)

@@ -42,19 +42,22 @@ class Course:
 class State:
     """All that decides how a training goes on.
 
-    slots: the adapters in training, with their `factors` and Adam's `first` and `second` moments, packed. done: those
-    that are finished, with their factors. begun: how many of the queue have had a slot.
+    slots: the adapters in training, with their `factors` and Adam's `first` and `second` moments, packed; those after
+    the first `together` wait for a slot again. done: those that are finished, with their factors, None where these are
+    kept elsewhere. begun: how many of the queue have had a slot.
     """
 
     slots: Sequence[tuple[Course, Mapping[str, Tensor]]]
-    done: Sequence[tuple[Course, Tensor]]
+    done: Sequence[tuple[Course, Tensor | None]]
     begun: int
+    together: int
     limits: Limits
 
 
 def encode_state(state: State, training: Mapping[str, Any]) -> bytes:
     """A state as a safetensors file. training: what must be the same where it is read, as JSON values."""
-    tensors = {f"done.{number}.factors": factors for number, (_, factors) in enumerate(state.done)}
+    done = enumerate(factors for _, factors in state.done)
+    tensors = {f"done.{number}.factors": factors for number, factors in done if factors is not None}
     for number, (course, packed) in enumerate(state.slots):
         tensors |= {f"slot.{number}.{name}": tensor for name, tensor in packed.items()}
         if course.best is not None:
@@ -64,6 +67,7 @@ def encode_state(state: State, training: Mapping[str, Any]) -> bytes:
         "slots": [_without_best(course) for course, _ in state.slots],
         "done": [_without_best(course) for course, _ in state.done],
         "begun": state.begun,
+        "together": state.together,
         "limits": [state.limits.rows, state.limits.slots],
     }
     return encode_tensors(tensors, {"raymerge.training": json.dumps(value)})
@@ -88,8 +92,8 @@ def decode_state(data: bytes, training: Mapping[str, Any]) -> State:
     for number, one in enumerate(value["slots"]):
         course = _course(one, tensors.get(f"slot.{number}.best"))
         slots.append((course, {name: tensors[f"slot.{number}.{name}"] for name in ("factors", "first", "second")}))
-    done = [(_course(one, None), tensors[f"done.{number}.factors"]) for number, one in enumerate(value["done"])]
-    return State(slots, done, value["begun"], Limits(*value["limits"]))
+    done = [(_course(one, None), tensors.get(f"done.{number}.factors")) for number, one in enumerate(value["done"])]
+    return State(slots, done, value["begun"], value["together"], Limits(*value["limits"]))
 
 
 def _without_best(course: Course) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from raymerge.models.training.rows import Limits
 
 T = TypeVar("T")
 
-# How the allocators of CPU and of cuBLAS say it, which have no exception of their own.
-_SIGNS = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# How the allocators of CPU, of cuBLAS and of the CUDA driver say it, which have no exception of their own.
+_SIGNS = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
 
 
 def ran_out(error: BaseException) -> bool:
@@ -28,13 +28,56 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
+class TooLittleMemoryError(ModelError):
+    """Memory does not hold the least that is computed at once, or kept at once."""
+
+    def __init__(self, what: str, reason: str) -> None:
+        super().__init__(
+            f"memory runs out at {what}: lower training.max_length (with training.truncate), rank, micro_batch or "
+            f"adapters_per_item, or set training.gradient_checkpointing.\n{reason}\n"
+            "A hardware.dtype of fewer bytes or a larger GPU helps too."
+        )
+
+
+def release() -> None:
+    """Give back what is not used. To be called outside of a handler: a traceback holds the tensors of its frames."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of what it says."""
+    return str(error).splitlines()[0] if str(error) else "out of memory"
+
+
+def slots_that_fit(allocate: Callable[[int], None], slots: int, said: Callable[[str], None]) -> int:
+    """The most slots, out of a number of them halved again and again, that `allocate` finds memory for.
+
+    Raises TooLittleMemoryError if it finds none for one.
+    """
+    while True:
+        try:
+            allocate(slots)
+            return slots
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
+            reason = reason_of(error)
+        release()
+        if slots <= 1:
+            raise TooLittleMemoryError("the factors of one adapter", reason)
+        said(f"memory ran out at the factors of {slots} adapters: {slots // 2} in training from now on, in more turns")
+        slots //= 2
+
+
 def fitting(
     compute: Callable[[Limits], T], limits: Limits, tried: Callable[[Limits], Limits], said: Callable[[str], None]
 ) -> tuple[T, Limits]:
     """What `compute` returns, at limits so low that it fits into memory, and these.
 
     compute: begins anew each time. tried: the most rows of an adapter, and adapters, that limits let through at once.
-    Rows of an adapter are halved first, then adapters. Raises ModelError if one row of one adapter does not fit.
+    Rows of an adapter are halved first, then adapters. Raises TooLittleMemoryError if one row of one adapter does not.
     """
     while True:
         try:
@@ -42,11 +85,8 @@ def fitting(
         except (RuntimeError, MemoryError) as error:
             if not ran_out(error):
                 raise
-            reason = str(error).splitlines()[0] if str(error) else "out of memory"
-        # out of the handler, since an exception's traceback holds the tensors of the pass that failed
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+            reason = reason_of(error)
+        release()
         rows, slots = (number or 1 for number in (tried(limits).rows, tried(limits).slots))
         if rows > 1:
             limits = Limits(rows // 2, limits.slots)
@@ -55,11 +95,7 @@ def fitting(
             limits = Limits(limits.rows, slots // 2)
             said(f"memory ran out at one row of {slots} adapters at once: {slots // 2} from now on, in turn")
         else:
-            raise ModelError(
-                f"memory runs out at one row of one adapter.\n{reason}\n"
-                "Lower training.max_length (with training.truncate), training.rank or hardware.dtype, set "
-                "training.gradient_checkpointing, or use a larger GPU."
-            )
+            raise TooLittleMemoryError("one row of one adapter", reason)
 
 
 @contextmanager

@@ -114,8 +114,11 @@ class Watch(Protocol):
     def stepped(self, progress: Mapping[str, GroupProgress], tokens: int) -> None:
         """After each joint step. progress: of every group by name. tokens: of the step's rows, without padding."""
 
-    def finished(self, trained: Trained) -> None:
-        """An adapter is done. A training that goes on from a checkpoint tells again of those that were done there."""
+    def finished(self, trained: Trained) -> bool:
+        """An adapter is done, after the step that was its last was told. Returns whether it is kept elsewhere.
+
+        Checkpoints leave out the factors of those that are. A training that goes on from one tells again of the others.
+        """
 
     def said(self, text: str) -> None:
         """Something that people should know."""
@@ -133,8 +136,9 @@ class Unwatched:
     def stepped(self, progress: Mapping[str, GroupProgress], tokens: int) -> None:
         """See Watch."""
 
-    def finished(self, trained: Trained) -> None:
+    def finished(self, trained: Trained) -> bool:
         """See Watch."""
+        return False
 
     def said(self, text: str) -> None:
         """See Watch."""

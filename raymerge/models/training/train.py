@@ -21,6 +21,7 @@ from raymerge.models.layers import is_filed_transposed, shape_of
 from raymerge.models.stacked import FactorStack
 from raymerge.models.training.beginning import Beginnings, check_start, digest_start, targets
 from raymerge.models.training.checkpoint import Course, State, decode_state, encode_state
+from raymerge.models.training.memory import TooLittleMemoryError, release, slots_that_fit
 from raymerge.models.training.optimiser import clip, update
 from raymerge.models.training.passes import Passes
 from raymerge.models.training.rows import Encoded, Limits, Taken, encode, epoch_order
@@ -53,6 +54,7 @@ def train(
     start_from: every adapter begins from a copy of this one, and records its name.
     watch: is told of each step and each adapter that is done, and keeps checkpoints.
     state: a checkpoint to go on from; on one machine the result has the very bytes of a training without interruption.
+    It lacks the adapters that were kept elsewhere before (see Watch.finished): these are neither returned nor told.
     Loss: mean cross entropy over an adapter's own answer tokens (the end token included) in the step. Optimiser:
     AdamW (Loshchilov and Hutter 2019) with linear warm-up and cosine decay.
     Raises ModelError if settings are impossible, a group has no rows, a row cannot be learned from, start_from or state
@@ -64,11 +66,16 @@ def train(
     if start_from is not None:
         check_start(start_from, layers, settings)
     training = _Training(base, groups, settings, layers, start_from, watch or Unwatched(), state)
+    del state  # of the size of all that is in training
     return training.run()
 
 
 class _Training:
-    """The adapters in the slots, those that wait, and those that are done."""
+    """The adapters in the slots, those that wait, and those that are done.
+
+    paused: those that had to leave their slots for want of memory, with what `pack` makes of them; they come before
+    the queue. done: None where the factors were kept elsewhere before this process.
+    """
 
     def __init__(
         self,
@@ -93,22 +100,20 @@ class _Training:
         }
         # the longest first, so that what is left at the end is short; the plan alone decides
         self.queue = sorted(range(len(groups)), key=lambda i: -len(self.rows[i]))
-        self.done: dict[int, tuple[Course, Tensor]] = {}
         found = None if state is None else decode_state(state, self.identity)
-        self.slots = [course for course, _ in found.slots] if found else []
-        count = len(self.slots) if found else _slots(self.rows, settings, base.device.type)
+        self.slots: list[Course] = []
+        self.paused: list[tuple[Course, Mapping[str, Tensor]]] = list(found.slots) if found else []
+        self.done: dict[int, tuple[Course, Tensor | None]] = {}
+        if found:
+            self.done = {course.group: (course, factors) for course, factors in found.done}
+        self.kept = {group for group, (_, factors) in self.done.items() if factors is None}
         self.begun = found.begun if found else 0
         limits = found.limits if found else Limits(settings.micro_batch)
-        self.stack = FactorStack(base.model, layers, settings.rank, settings.scaling, count)
+        self.stack = FactorStack(base.model, layers, settings.rank, settings.scaling)
         self.beginnings = Beginnings(self.stack, settings, start)
         self.passes = Passes(base, layers, self.stack, settings, limits, watch.said)
-        if found:
-            for slot, (_, packed) in enumerate(found.slots):
-                self.stack.begin(slot, **packed)
-            self.done = {course.group: (course, factors) for course, factors in found.done}
-        else:
-            self.slots = [self._begin(slot) for slot in range(count)]
-        courses = [*self.slots, *(course for course, _ in self.done.values())]
+        courses = [course for course, _ in (*self.paused, *self.done.values())]
+        self._fill(found.together if found else _slots(self.rows, settings, base.device.type))
         known = {course.group: course for course in courses}
         self.progress = {
             group.name: self._progress(known.get(number, Course(number))) for number, group in enumerate(groups)
@@ -116,25 +121,52 @@ class _Training:
 
     def run(self) -> list[Trained]:
         """Train until the queue is empty."""
-        for group in self.done:
-            self.watch.finished(self._trained(group))
+        for group in [group for group in self.done if group not in self.kept]:
+            self._tell(group)
         with self.passes.ready():
             while self.slots:
                 tokens = self._step()
                 self._validate()
                 for course in self.slots:
                     self.progress[self.groups[course.group].name] = self._progress(course)
-                self._retire()
                 self.watch.stepped(self.progress, tokens)
+                self._retire()
                 if self.slots and self.watch.due():
                     self.watch.save(self._state())
-        return [self._trained(group) for group in range(len(self.groups))]
+        return [self._trained(group) for group in sorted(self.done) if self.done[group][1] is not None]
+
+    def _fill(self, together: int) -> None:
+        """Give slots to so many adapters, of those that wait, as memory allows."""
+        waiting = len(self.paused) + len(self.queue) - self.begun
+        slots = min(together, waiting)
+        fit = slots_that_fit(self.stack.allocate, slots, self.watch.said) if slots else 0
+        self.together = together if fit == slots else fit
+        self.slots = [self._begin(slot) for slot in range(fit)]
+
+    def _halve(self) -> None:
+        """Let half of the adapters in training wait, since not even a row of one fits beside the factors of all."""
+        count = len(self.slots)
+        now = f"{count // 2} in training from now on, in more turns"
+        self.watch.said(f"memory ran out beside the factors of {count} adapters: {now}")
+        self.paused = [*self._packed(), *self.paused]
+        self.stack.allocate(0)
+        release()
+        self._fill(count // 2)
+        self.passes.limits = Limits(self.settings.micro_batch)
 
     def _step(self) -> int:
         """One step of every slot's adapter; tokens of its rows."""
-        taken = {slot: Taken(self.rows[course.group], self._ranks(course)) for slot, course in enumerate(self.slots)}
-        steps = {slot: (self.groups[course.group].name, course.step) for slot, course in enumerate(self.slots)}
-        losses, tokens = self.passes.losses(taken, steps)
+        while True:
+            own = list(enumerate(self.slots))
+            taken = {slot: Taken(self.rows[course.group], self._ranks(course)) for slot, course in own}
+            steps = {slot: (self.groups[course.group].name, course.step) for slot, course in own}
+            try:
+                losses, tokens = self.passes.losses(taken, steps)
+                break
+            except TooLittleMemoryError:
+                if len(self.slots) == 1:
+                    raise
+            self._halve()
         clip(self.stack.rows, self.settings.clip)
         rates = [learning_rate(course.step, self._steps(course), self.settings) for course in self.slots]
         update(self.stack.rows, [course.step for course in self.slots], rates, self.settings.weight_decay)
@@ -183,13 +215,17 @@ class _Training:
             factors = self.stack.pack("factors", slot) if course.best is None else course.best
             course.best = None
             self.done[course.group] = (course, factors)
-            self.watch.finished(self._trained(course.group))
-            if self.begun < len(self.queue):
+            self._tell(course.group)
+            if self.paused or self.begun < len(self.queue):
                 self.slots[slot] = self._begin(slot)
                 stay.append(slot)
         if len(stay) < len(self.slots):
             self.slots = [self.slots[slot] for slot in stay]
             self.stack.keep(stay)
+
+    def _tell(self, group: int) -> None:
+        if self.watch.finished(self._trained(group)):
+            self.kept.add(group)
 
     def _is_done(self, course: Course) -> bool:
         patience = self.settings.patience
@@ -197,7 +233,11 @@ class _Training:
         return course.step == self._steps(course) or tired or not math.isfinite(course.losses[-1])
 
     def _begin(self, slot: int) -> Course:
-        """Give a slot the next adapter of the queue."""
+        """Give a slot the next adapter that waits."""
+        if self.paused:
+            course, packed = self.paused.pop(0)
+            self.stack.begin(slot, **packed)
+            return course
         group = self.queue[self.begun]
         self.begun += 1
         self.stack.begin(slot, self.beginnings.of(self.groups[group].name))
@@ -215,6 +255,7 @@ class _Training:
 
     def _trained(self, group: int) -> Trained:
         course, factors = self.done[group]
+        assert factors is not None
         adapter = LoraAdapter(
             name=self.groups[group].name,
             modules=self.stack.modules_of(factors),
@@ -226,12 +267,18 @@ class _Training:
         tokens = int(self.rows[group].answers.sum())
         return Trained(adapter, tuple(course.losses), tokens, tuple(course.validation), course.best_step)
 
-    def _state(self) -> bytes:
+    def _packed(self) -> list[tuple[Course, Mapping[str, Tensor]]]:
+        """What is in the slots."""
         names = ("factors", "first", "second")
-        slots = [
+        return [
             (course, {name: self.stack.pack(name, slot) for name in names}) for slot, course in enumerate(self.slots)
         ]
-        return encode_state(State(slots, list(self.done.values()), self.begun, self.passes.limits), self.identity)
+
+    def _state(self) -> bytes:
+        in_training = [*self._packed(), *self.paused]
+        done = [(course, None if group in self.kept else factors) for group, (course, factors) in self.done.items()]
+        state = State(in_training, done, self.begun, self.together, self.passes.limits)
+        return encode_state(state, self.identity)
 
 
 def _validation(base: BaseModel, group: TrainingGroup, settings: TrainingSettings) -> Encoded | None:

@@ -196,9 +196,16 @@ class Training(Section):
                 raise ValueError(f"{key}: give one number, or one for each of {', '.join(GROUPINGS)}")
             given = value.values() if isinstance(value, dict) else [value]
             numbers = [n for one in given for n in (one if isinstance(one, tuple) else (one,))]
-            if not numbers or any(number <= 0 for number in numbers):
+            if not numbers or not all(0 < number < float("inf") for number in numbers):
                 raise ValueError(f"{key}: must be above 0")
         return self
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _some_modules(cls, value: Any) -> Any:
+        if value != "all-linear" and (isinstance(value, str) or not value):
+            raise ValueError("give all-linear, or a list of one name or more such as [q_proj, v_proj]")
+        return value
 
     def of(self, grouping: Grouping) -> Training:
         """The settings of one grouping: every value a single number."""
@@ -214,6 +221,12 @@ class Training(Section):
         """The numbers of epochs of one grouping, of which there may be several to choose from."""
         assert not isinstance(self.epochs, dict)
         return (self.epochs,) if isinstance(self.epochs, int) else self.epochs
+
+    @property
+    def tries_epochs(self) -> bool:
+        """Whether some grouping has several numbers of epochs to choose from."""
+        given = self.epochs.values() if isinstance(self.epochs, dict) else [self.epochs]
+        return any(not isinstance(one, int) and len(one) > 1 for one in given)
 
     def with_epochs(self, epochs: int) -> Training:
         """The same with one number of epochs."""

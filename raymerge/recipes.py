@@ -7,6 +7,7 @@ of the key of everything made with it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -106,6 +107,10 @@ def parse_recipe(name: str, written: Mapping[str, Any], *, centred: bool = True)
             method_parameters[key] = value
         if key not in allowed:
             _refuse(where, "parameter", key, allowed)
+    if strategy in ("selective", "prefix"):
+        for key in ("method", "scale", "rank", "anchor", "dtype"):
+            if written.get(key) is not None and written[key] != TUNED:
+                raise RecipeError(f"{where}: strategy {strategy} takes adapters as they are.\nLeave `{key}` out.")
     as_trained = strategy in AS_TRAINED
     rank = written.get("rank", "keep" if as_trained else dict(DEFAULT_RANK))
     try:
@@ -200,7 +205,8 @@ def _among(name: str, given: Any, written: Mapping[str, Mapping[str, Any]]) -> d
     """Names of recipes -> their strategies."""
     strategies = {n: str(r.get("strategy")) for n, r in written.items() if isinstance(r, Mapping)}
     plain = [n for n, s in strategies.items() if s in REFERENCES and not written[n].get("retrieval")]
-    names = plain if given is None else [str(n) for n in given] if isinstance(given, list | tuple) else [str(given)]
+    first = [n for n in plain if strategies[n] not in [strategies[m] for m in plain[: plain.index(n)]]]
+    names = first if given is None else [str(n) for n in given] if isinstance(given, list | tuple) else [str(given)]
     for one in names:
         if one not in plain:
             _refuse(f"recipe {name}", f"recipe of a strategy {', '.join(REFERENCES)} in `among`", one, plain)
@@ -208,6 +214,11 @@ def _among(name: str, given: Any, written: Mapping[str, Mapping[str, Any]]) -> d
         raise RecipeError(
             f"recipe {name}: there is nothing to choose among.\nAdd recipes of strategies {', '.join(REFERENCES)}."
         )
+    for one, other in itertools.combinations(names, 2):
+        if strategies[one] == strategies[other]:
+            raise RecipeError(
+                f"recipe {name}: `among` has {one} and {other}, both {strategies[one]}.\nGive one of them."
+            )
     return {n: strategies[n] for n in names}
 
 

@@ -14,7 +14,7 @@ from raymerge.world import make_world, pretrain
 PROJECT = "raymerge.yaml"
 ALL_ROWS = "all_rows.yaml"
 NEIGHBOURS: dict[str, Any] = {"temperature": 0.1, "self_weight": 0}
-RETRIEVAL: dict[str, Any] = {"examples": 3, "format": "{prompt}{response}"}  # as the world's model reads its texts
+RETRIEVAL: dict[str, Any] = {"examples": 1, "format": "{prompt}{response}</s><s>"}  # the best of those tried
 
 
 def demo(
@@ -115,6 +115,6 @@ def _all_recipes(k: int) -> dict[str, dict[str, Any]]:
         **tuned,
         "neighbours_trained": {**recipes["neighbours_trained"], "scale": "tuned"},
         "selective": {"strategy": "selective"},
-        "prefix": {"strategy": "prefix", "learning_rate": 0.1, "epochs": [16, 48]},
+        "prefix": {"strategy": "prefix", "learning_rate": 0.1, "epochs": [16, 48] if k == 5 else [8, 16]},
         "rag": {"strategy": "base", "retrieval": RETRIEVAL},
     }

@@ -21,6 +21,7 @@ from raymerge.runtime.training_progress import LiveTrainings
 from raymerge.runtime.workers import MergeWorker, ModelWorker
 
 FLUSH_S = 2.0
+IN_FULL = 5  # failures that are printed with what was expected and what to do; more are often the same again
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def kinds_used(opened: Opened, items: Iterable[Item]) -> set[str]:
     items = list(items)
     used = {item.kind for item in items}
     if any(isinstance(item.payload, EmbedTask | SketchTask | TuneTask) for item in items):
-        if opened.recipes:
+        if opened.recipes or opened.project.training.tries_epochs:
             used.add("merge")
         if opened.personas is not None and opened.project.base_model is not None:
             used.add("model")
@@ -137,8 +138,11 @@ def finish(result: JobResult, most: int = 200) -> int:
     for note in result.notes[:most]:
         print(f"note: {note}", file=sys.stderr)
     print(f"{result.done} items done, {result.skipped} of them were there already, {len(result.failed)} failed.")
-    for name, why in sorted(result.failed.items())[:most]:
-        print(f"failed: {name}: {why.splitlines()[0] if why else 'no reason given'}", file=sys.stderr)
+    for number, (name, why) in enumerate(sorted(result.failed.items())[:most]):
+        first, *rest = why.splitlines() or ["no reason given"]
+        print(f"failed: {name}: {first}", file=sys.stderr)
+        for line in rest if number < IN_FULL else ():
+            print(f"  {line}", file=sys.stderr)
     if len(result.failed) > most:
         print(f"failed: and {len(result.failed) - most} more", file=sys.stderr)
     return result.exit_status

@@ -13,7 +13,7 @@ from raymerge.adapters.catalogue import Catalogue
 from raymerge.config import Project, load_project
 from raymerge.errors import AdapterError, ProjectError, RecipeError, unknown
 from raymerge.personas import Personas, read_personas, source_of
-from raymerge.recipes import Recipe, parse_recipe, parse_recipes
+from raymerge.recipes import Recipe, parse_recipes
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -89,7 +89,9 @@ def open_project(
     parsed = parse_recipes(project.recipes, centred=project.embedding.centred)
     if extra is not None:
         written = {k: v for k, v in extra.items() if k != "name"}
-        parsed = {extra["name"]: parse_recipe(extra["name"], written, centred=project.embedding.centred)}
+        every = {**project.recipes, extra["name"]: written}
+        parsed = parse_recipes(every, centred=project.embedding.centred)
+        recipes = (extra["name"],)
     for name in recipes:
         if name not in parsed:
             raise RecipeError(f"{location}: {unknown('recipe', name, parsed)}")

@@ -9,7 +9,7 @@ from raymerge.config import GROUPINGS, Grouping, Training
 from raymerge.errors import PersonaError, RecipeError
 from raymerge.pipelines.opening import Opened
 from raymerge.pipelines.planning import TRAINS_ITS_OWN, trained_folder
-from raymerge.pipelines.trainings import portions, training_item, training_task
+from raymerge.pipelines.trainings import check_validation, folder_of_item, portions, training_item, training_task
 from raymerge.pipelines.trials import trial_items, trials_of
 from raymerge.recipes import Recipe
 from raymerge.routing.table import RoutingTable
@@ -28,6 +28,7 @@ def check(opened: Opened) -> None:
             personas = opened.need_personas(f"recipe {recipe.name}")
             if not opened.trainable:
                 raise PersonaError(f"{personas.location}: nobody has training examples, which {recipe.name} needs.")
+            check_validation(opened, f"recipe {recipe.name}", settings_of(opened, recipe), one_each=False)
 
 
 def items_of(opened: Opened, recipe: Recipe, table: RoutingTable) -> list[Item]:
@@ -90,5 +91,6 @@ def _item(
         training=settings.model_dump(mode="json"),
         prompt_format=opened.project.generation.prompt_format,
         base_digest=base_digest(opened.need_base("training")),
+        folder=folder_of_item(opened, name),
     )
     return Item(name, "model", "train_prefixes", prefixes, after=frozenset(after), alone=True)

@@ -74,6 +74,8 @@ class Placed:
     def inputs_of(self, recipe: Recipe) -> RoutingInputs:
         """The inputs, without what cannot be read, and with the recipe's own embedding where it names a file."""
         inputs = self.inputs
+        if recipe.strategy == "neighbours_trained":  # whoever has examples, with or without an adapter
+            inputs = replace(inputs, experts=self.opened.trainable)
         if needs_embeddings(self.opened.project, recipe):
             read = [[n for n in names if n not in self.unread] for names in (inputs.personas, inputs.experts)]
             inputs = replace(inputs, personas=read[0], experts=read[1])
@@ -103,7 +105,13 @@ def check_placing(opened: Opened, wanted: Placing, *, refit: bool) -> None:
     """Raise now what would end the job once the embeddings are there: no texts, other settings, unknown names."""
     location = opened.project.clusters.file
     if wanted.clusters and location is not None:
-        read_clusters(opened.project.path(location), opened.names)
+        given = read_clusters(opened.project.path(location), opened.names)
+        for label in given.names:
+            if len(given.members(label)) == 1:
+                raise ProjectError(
+                    f"{location}: cluster {label} has {given.members(label)[0]} as its only member.\n"
+                    "A cluster needs two: put the persona into another one."
+                )
     if not wanted.embeddings:
         return
     source = embedding_source(opened)
@@ -142,6 +150,7 @@ def place(opened: Opened, wanted: Placing, *, refit: bool, write: bool = True) -
         seed=opened.project.evaluation.seed,
         mean=mean,
         centroids=clusters.centroids if clusters is not None and clusters.centroids else None,
+        trainable=opened.trainable if opened.personas is not None else None,
     )
     return Placed(opened, inputs, unread)
 

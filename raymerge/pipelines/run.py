@@ -11,7 +11,7 @@ from raymerge.pipelines.job import JobResult, finish
 from raymerge.pipelines.opening import need_recipes, open_project
 from raymerge.pipelines.seeds import check_seeds, with_seed
 from raymerge.pipelines.steps import Steps, run_steps
-from raymerge.pipelines.trainings import all_groupings
+from raymerge.pipelines.trainings import all_groupings, start_of
 
 
 def run(location: str, *, recipes: Sequence[str] = (), seeds: int = 1, local: bool = False, refit: bool = False) -> int:
@@ -24,9 +24,11 @@ def run(location: str, *, recipes: Sequence[str] = (), seeds: int = 1, local: bo
     steps = Steps(train=all_groupings(opened), merge=True, evaluate=True, refit=refit)
     if seeds > 1:
         check_seeds(opened, steps.train)
+    starts = {grouping: start_of(opened, grouping) for grouping in steps.train}
     result = run_steps(opened, steps, local=local, title="run")
     for number in range(1, seeds):
-        again = run_steps(with_seed(opened, number), steps, local=local, title=f"run, seed {number}")
+        other, begun = with_seed(opened, starts, number)
+        again = run_steps(other, replace(steps, starts=begun), local=local, title=f"run, seed {number}")
         result = _joined(result, again, number)
     try:
         show(compare_runs(location))

@@ -6,13 +6,15 @@ embeddings and controls are the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from raymerge import storage
+from raymerge.adapters.catalogue import Catalogue
 from raymerge.config import Grouping, Project
 from raymerge.errors import ProjectError
 from raymerge.pipelines.opening import Opened
+from raymerge.pipelines.planning import TRAINS_ITS_OWN
 from raymerge.pipelines.trainings import is_foreign, is_unified
 
 FOLDER = "_seeds"
@@ -21,9 +23,12 @@ FOLDER = "_seeds"
 def check_seeds(opened: Opened, groupings: Sequence[Grouping]) -> None:
     """Raise ProjectError if an adapter is there that cannot be trained with another seed, or nothing is trained."""
     project = opened.project
-    if not groupings:
+    own = any(recipe.strategy in TRAINS_ITS_OWN for recipe in opened.recipes.values())
+    if not groupings and not own:
         raise ProjectError(f"{project.location}: nothing is trained, so there is nothing that a seed would change.")
-    names = [*(opened.adapters if "persona" in groupings else ()), *(["unified"] if "unified" in groupings else ())]
+    clusters = Catalogue.from_template(project.path(project.cluster_adapters)).names
+    of_grouping = {"persona": opened.adapters, "unified": ("unified",), "cluster": clusters}
+    names = [name for grouping in groupings for name in of_grouping[grouping]]
     for name in names:
         if is_foreign(project.adapter_location(name)):
             raise ProjectError(
@@ -32,8 +37,13 @@ def check_seeds(opened: Opened, groupings: Sequence[Grouping]) -> None:
             )
 
 
-def with_seed(opened: Opened, number: int) -> Opened:
-    """The project as it is trained and run with another seed; 1 is the first beside the project's own."""
+def with_seed(
+    opened: Opened, starts: Mapping[Grouping, str | None], number: int
+) -> tuple[Opened, dict[Grouping, str | None]]:
+    """The project as it is trained and run with another seed, and what its trainings begin from.
+
+    starts: what those of the project begin from. number: 1 is the first beside the project's own.
+    """
     before = opened.project
     place = storage.join(before.path(before.output), FOLDER, str(number))
     trained = storage.join(place, "_trained")
@@ -55,9 +65,10 @@ def with_seed(opened: Opened, number: int) -> Opened:
         name: replace(recipe, anchor=_moved(before, project, recipe.anchor) or recipe.anchor)
         for name, recipe in opened.recipes.items()
     }
+    moved = {grouping: _moved(before, project, start) for grouping, start in starts.items()}
     return replace(
         opened, project=project.model_copy(update={"training": training}), recipes=recipes, adapters=(), notes=()
-    )
+    ), moved
 
 
 def _moved(before: Project, after: Project, place: str | None) -> str | None:

@@ -1,46 +1,68 @@
-"""What a selective recipe chooses among: other recipes' rows, with their scores on validation examples."""
+"""What a selective recipe chooses among: other recipes' adapters, with their scores on validation examples."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from raymerge import storage
+from raymerge.errors import EvaluationError
 from raymerge.manifest import read_manifest
-from raymerge.merging.scale import parse_scale
 from raymerge.pipelines.opening import Opened
 from raymerge.pipelines.placing import Placed
+from raymerge.pipelines.planning import Merges, merges_of
 from raymerge.recipes import Recipe
-from raymerge.routing.selective import Candidate
+from raymerge.routing.selective import Candidate, Values
 
 
-def candidates_of(
-    opened: Opened, recipe: Recipe, decided: Mapping[str, Recipe], placed: Placed, folder: str
-) -> dict[str, Candidate]:
-    """The recipes that were scored, by name, each persona's adapter with its factor and its scores.
+@dataclass(frozen=True)
+class Option:
+    """A recipe to choose: the adapter of each persona with its scores, and what becomes of the recipe's rows."""
 
-    folder: of a run, where the validation scores lie.
-    """
-    found = {}
-    for name in recipe.strategy_parameters["among"]:
-        place = storage.join(opened.project.run_folder(name), folder)
-        scores = _scores(place) if name in decided and read_manifest(place) is not None else {}
+    name: str
+    candidate: Candidate
+    merges: Merges
+
+
+def options_of(opened: Opened, recipe: Recipe, decided: Sequence[Recipe], placed: Placed, folder: str) -> list[Option]:
+    """The recipes that were scored. decided: those that a selective one chooses among, with nothing left open. folder:
+    of a run, where the validation scores lie. Raises EvaluationError if there is nothing to choose."""
+    found = []
+    for one in decided:
+        place = storage.join(opened.project.run_folder(one.name), folder)
+        scores = _scores(place) if read_manifest(place) is not None else {}
         if not scores:
             continue
-        table, _ = placed.route(decided[name])
-        factor = parse_scale(decided[name].scale)[0]
+        table, _ = placed.route(one)
         experts: dict[str, tuple[str, float] | None] = {}
         for group in table.groups():
             for persona in group.personas:
-                experts[persona] = (group.experts[0][0], factor) if group.experts else None
-        if decided[name].strategy != "base":  # a persona without its own adapter cannot be given it
+                experts[persona] = (group.adapter, 1.0) if group.experts else None
+        if one.strategy != "base":  # a persona without its own adapter cannot be given it
             experts = {persona: expert for persona, expert in experts.items() if expert is not None}
-        found[name] = Candidate(experts, scores)
+        found.append(Option(one.name, Candidate(experts, scores), merges_of(opened, one, table)))
+    if len(found) < 2:
+        raise EvaluationError(
+            f"{recipe.name}: of what it chooses among, {len(found)} could be scored.\n"
+            "The failures of the others say why."
+        )
     return found
 
 
-def _scores(place: str) -> dict[str, np.ndarray[tuple[int], np.dtype[np.float64]]]:
+def merges_of_options(options: Sequence[Option], *, in_memory: bool) -> Merges:
+    """What answers for whom a row of an option was chosen: the option's own adapters, which are there by then.
+
+    in_memory: no adapter was written, and they are merged again on the worker.
+    """
+    if in_memory:
+        tasks = {name: task for option in options for name, task in option.merges.tasks.items()}
+        return Merges(tasks, {n: place for option in options for n, place in option.merges.as_they_are.items()})
+    return Merges({}, {name: place for option in options for name, place in option.merges.locations.items()})
+
+
+def _scores(place: str) -> dict[str, Values]:
     metrics = storage.read_parquet(storage.join(place, "metrics.parquet"))
     by_persona: dict[str, list[tuple[int, float]]] = {}
     columns = [metrics.column(name).to_pylist() for name in ("persona", "example", "similarity")]

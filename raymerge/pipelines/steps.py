@@ -10,9 +10,10 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from raymerge.config import Grouping
+from raymerge.errors import RaymergeError
 from raymerge.evaluation.scores import kind_of
 from raymerge.merging.methods import METHODS
-from raymerge.pipelines import own_trainings, trainings, tuning
+from raymerge.pipelines import own_trainings, selecting, trainings, tuning
 from raymerge.pipelines.checks import check_evaluation, check_recipes
 from raymerge.pipelines.job import JobResult, carry_out
 from raymerge.pipelines.layout import write_run_files
@@ -25,9 +26,8 @@ from raymerge.pipelines.placing import (
     needs_embeddings,
     place,
 )
-from raymerge.pipelines.planning import TRAINS_ITS_OWN, embedding_items, merge_items, merges_of
+from raymerge.pipelines.planning import TRAINS_ITS_OWN, Merges, embedding_items, merge_items, merges_of
 from raymerge.pipelines.scoring import Scoring, evaluation_items
-from raymerge.pipelines.selecting import candidates_of
 from raymerge.pipelines.trials import trial_items, trials_of
 from raymerge.recipes import Recipe
 from raymerge.runtime.scheduler import Item, Outcome
@@ -38,7 +38,8 @@ from raymerge.runtime.tasks import TrainGroup
 class Steps:
     """What a job does: groupings to train, whether to write merged adapters, whether to evaluate.
 
-    cluster: the only one to train of grouping `cluster`, by label or number.
+    cluster: the only one to train of grouping `cluster`, by label or number. starts: what each grouping begins from,
+    where that is known; else what the project says, or what the adapters there began from.
     """
 
     train: tuple[Grouping, ...] = ()
@@ -46,14 +47,18 @@ class Steps:
     evaluate: bool = False
     refit: bool = False
     cluster: str | None = None
+    starts: Mapping[Grouping, str | None] | None = None
 
 
 @dataclass
 class Room:
-    """Planning that waits: when all of these items are settled, `go_on` says what is to be done next."""
+    """Planning that waits for a recipe, or for all where `name` is empty: when all of these items are settled, `go_on`
+    is given those that failed, and says what is to be done next."""
 
+    name: str
     waits_for: set[str]
-    go_on: Callable[[], list[Item]]
+    go_on: Callable[[set[str]], list[Item]]
+    failed: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -82,7 +87,8 @@ class Plan:
     def check(self) -> None:
         """Raise what can be known to be wrong before any item starts, and note what one would not expect."""
         opened, steps = self.opened, self.steps
-        self.starts = {grouping: trainings.start_of(opened, grouping) for grouping in steps.train}
+        known = steps.starts or {}
+        self.starts = {g: known[g] if g in known else trainings.start_of(opened, g) for g in steps.train}
         trainings.check_training(opened, self.starts)
         own_trainings.check(opened)
         check_recipes(opened, train=steps.train, merge=steps.merge)
@@ -98,6 +104,9 @@ class Plan:
         without = sorted(set(opened.names) - set(opened.trainable)) if steps.train else []
         if without:
             self.notes.append(f"{without[0]}: has no training examples ({len(without)} such personas)")
+        chooses = any(recipe.tuned or recipe.strategy == "selective" for recipe in opened.recipes.values())
+        if steps.evaluate and chooses and opened.project.evaluation.split == "validation":
+            self.notes.append("evaluation.split is validation: rows are scored on the examples that chose their values")
 
     def first(self) -> list[Item]:
         """Items that wait for no embedding; all of them where none is needed."""
@@ -107,19 +116,36 @@ class Plan:
             items += self._trainings(grouping, None)
         embeddings = embedding_items(self.opened, self.experts, self.trained) if self.placing().embeddings else []
         if embeddings:
-            self._wait(embeddings, self.rest)
+            self._wait("", embeddings, lambda _: self.rest())
             return embeddings + items
         return items + self.rest()
 
     def follow(self, outcome: Outcome) -> list[Item]:
         """More items, once the last one that some planning waits for is settled."""
+        return self._settled(outcome.item_id, failed=outcome.error is not None)
+
+    def _settled(self, item: str, *, failed: bool) -> list[Item]:
         items: list[Item] = []
         for room in list(self.rooms):
-            room.waits_for.discard(outcome.item_id)
+            if item not in room.waits_for:
+                continue
+            room.waits_for.discard(item)
+            room.failed |= {item} if failed else set()
             if not room.waits_for:
                 self.rooms.remove(room)
-                items += room.go_on()
+                items += self._open(room)
         return items
+
+    def _open(self, room: Room) -> list[Item]:
+        """What a room's planning goes on with. An error is that of its recipe, and stops no other."""
+        if not room.name:
+            return room.go_on(room.failed)
+        try:
+            return room.go_on(room.failed)
+        except RaymergeError as error:
+            self.undecided[f"plan/{room.name}"] = str(error)
+        # what waits for its scores waits for nothing that will come
+        return self._settled(f"gather/{room.name}/{self._validation}", failed=True)
 
     def rest(self) -> list[Item]:
         """Cluster trainings, merges and evaluations; those of recipes that leave something open come when it is known.
@@ -140,15 +166,18 @@ class Plan:
         ranks = {id(item): order.index(s) if (s := item.id.split("/")[0]) in order else len(order) for item in flat}
         return items + sorted(flat, key=lambda item: ranks[id(item)])
 
-    def _wait(self, items: Collection[Item], go_on: Callable[[], list[Item]]) -> None:
-        self.rooms.append(Room({item.id for item in items}, go_on))
+    def _wait(self, name: str, items: Collection[Item], go_on: Callable[[set[str]], list[Item]]) -> None:
+        self.rooms.append(Room(name, {item.id for item in items}, go_on))
 
     def _trainings(self, grouping: Grouping, clusters: Mapping[str, str] | None) -> list[Item]:
         """The items that train a grouping, and those that try its numbers of epochs."""
         if grouping not in self.steps.train:
             return []
         start = self.starts[grouping]
-        groups = trainings.train_groups(self.opened, grouping, clusters, only=self.steps.cluster)
+        every = trainings.train_groups(self.opened, grouping, clusters)
+        groups = trainings.only_cluster(every, self.steps.cluster)
+        if grouping == "cluster":
+            self.notes += trainings.alone_in_cluster(groups)
         settings = self.opened.project.training.of(grouping)
         after = trainings.maker_of(self.opened.project, start, self.trained)
         trials = trials_of(self.opened, grouping, settings.choices) if groups else ()
@@ -158,7 +187,7 @@ class Plan:
             return trainings.training_item(self.opened, name, replace(task, groups=tried), after)
 
         tries = trial_items(
-            self.opened, grouping, groups, trials, make, served=lambda group: group.personas, after=after
+            self.opened, grouping, every, trials, make, served=lambda group: group.personas, after=after
         )
         waits = after | {item.id for item in tries}
         items = trainings.training_items(self.opened, grouping, groups, start=start, trials=trials, after=waits)
@@ -176,40 +205,52 @@ class Plan:
             return [*items, *self._carry_out(recipe, placed)]
         tries = tuning.tuning_items(self.opened, recipe, lambda one: placed.route(one)[0], self.trained)
 
-        def go_on() -> list[Item]:
-            values = tuning.chosen(self.opened, recipe, tries)
-            if values is None:
-                self.undecided[f"tune/{recipe.name}"] = f"{recipe.name}: nothing could be scored, so nothing is chosen."
-                return []
+        def go_on(failed: set[str]) -> list[Item]:
+            values = tuning.chosen(self.opened, recipe, [item for item in tries if item.id not in failed])
             return self._carry_out(recipe, placed, values)
 
-        self._wait(tries, go_on)
+        self._wait(recipe.name, tries, go_on)
         return [*items, *tries]
 
     def _select(self, recipe: Recipe, placed: Placed) -> list[Item]:
         """Nothing yet: a selective recipe begins when those it chooses among are scored on validation examples."""
-        waits = {f"gather/{name}/{self._validation}" for name in recipe.strategy_parameters["among"]}
+        scored = {f"gather/{name}/{self._validation}": name for name in recipe.strategy_parameters["among"]}
+        absent = {item for item, name in scored.items() if f"plan/{name}" in self.undecided}
 
-        def go_on() -> list[Item]:
-            found = candidates_of(self.opened, recipe, self.decided, placed, self._validation)
-            if len(found) < 2:
-                self.undecided[f"select/{recipe.name}"] = f"{recipe.name}: what it chooses among could not be scored."
-                return []
-            return self._carry_out(recipe, replace(placed, inputs=replace(placed.inputs, candidates=found)))
+        def go_on(failed: set[str]) -> list[Item]:
+            names = [name for item, name in scored.items() if item not in failed | absent]
+            found = selecting.options_of(
+                self.opened, recipe, [self.decided[n] for n in names], placed, self._validation
+            )
+            candidates = {option.name: option.candidate for option in found}
+            chosen = replace(placed, inputs=replace(placed.inputs, candidates=candidates))
+            return self._carry_out(
+                recipe, chosen, merges=selecting.merges_of_options(found, in_memory=not self.steps.merge)
+            )
 
-        self.rooms.append(Room(waits, go_on))
+        room = Room(recipe.name, set(scored) - absent, go_on)
+        self.rooms.append(room)
         return []
 
-    def _carry_out(self, recipe: Recipe, placed: Placed, values: Mapping[str, float] | None = None) -> list[Item]:
-        """Merges and evaluations of a recipe, with the values that were chosen for it."""
+    def _carry_out(
+        self,
+        recipe: Recipe,
+        placed: Placed,
+        values: Mapping[str, float] | None = None,
+        merges: Merges | None = None,
+    ) -> list[Item]:
+        """Merges and evaluations of a recipe, with the values that were chosen for it. merges: what answers, where that
+        belongs to other recipes."""
         final = recipe.resolved(values) if values else recipe
         self.decided[recipe.name] = final
         table, notes = placed.route(final)
         self.notes += [f"{recipe.name}: {note}" for note in notes]
         items: list[Item] = []
-        merges = merges_of(self.opened, final, table)
+        if merges is None:
+            merges = merges_of(self.opened, final, table)
         if self.steps.merge:
-            write_run_files(self.opened.project, recipe, table, placed, notes, merges.locations)
+            there = {group.adapter: merges.locations[group.adapter] for group in table.groups() if group.experts}
+            write_run_files(self.opened.project, recipe, table, placed, notes, there)
             items = merge_items(self.opened, final, merges.tasks, self.trained)
         return items + [
             item

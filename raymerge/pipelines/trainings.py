@@ -77,6 +77,10 @@ def check_training(opened: Opened, starts: Mapping[Grouping, str | None]) -> Non
     personas = opened.need_personas("training")
     if not opened.trainable:
         raise PersonaError(f"{personas.location}: nobody has training examples.\nAdd rows with split train.")
+    for grouping in starts:
+        check_validation(
+            opened, f"training ({grouping})", opened.project.training.of(grouping), one_each=grouping == "persona"
+        )
     for start in starts.values():
         if start is None or ("unified" in starts and is_unified(opened.project, start)):
             continue
@@ -86,6 +90,25 @@ def check_training(opened: Opened, starts: Mapping[Grouping, str | None]) -> Non
                 f"{location}: there is no adapter to start from.\n"
                 f"`raymerge train {opened.project.location} --group-by unified` makes the unified one."
             )
+
+
+def check_validation(opened: Opened, what: str, settings: Training, *, one_each: bool) -> None:
+    """Raise PersonaError now if a training looks at validation examples and there are none.
+
+    one_each: whether everybody's adapter is stopped by their own, where `patience` asks for it.
+    """
+    if len(settings.choices) < 2 and settings.patience is None:
+        return
+    personas = opened.need_personas(what)
+    without = sorted(set(personas.missing("validation")) & set(opened.trainable))
+    why = "several numbers of epochs to choose from" if len(settings.choices) > 1 else "`patience`"
+    if len(without) == len(opened.trainable):
+        raise PersonaError(f"{what}: has {why}, and nobody has validation examples.\nAdd rows with split validation.")
+    if settings.patience is not None and one_each and without:
+        raise PersonaError(
+            f"{what}: has `patience`, and {without[0]} has no validation examples ({len(without)} such personas).\n"
+            "Add rows with split validation for each, or leave patience out."
+        )
 
 
 def training_items(
@@ -130,18 +153,20 @@ def training_task(
 
 
 def training_item(opened: Opened, name: str, task: TrainTask, after: Collection[str]) -> Item:
-    """An item that trains a task's groups. Its folder, for checkpoints, follows from its name."""
-    folder = storage.join(opened.project.shared_folder(), "training", name.removeprefix("train/"))
-    return Item(name, "model", "train", replace(task, folder=folder), after=frozenset(after), alone=True)
+    """An item that trains a task's groups."""
+    task = replace(task, folder=folder_of_item(opened, name))
+    return Item(name, "model", "train", task, after=frozenset(after), alone=True)
 
 
-def train_groups(
-    opened: Opened, grouping: Grouping, clusters: Mapping[str, str] | None, only: str | None = None
-) -> list[TrainGroup]:
+def folder_of_item(opened: Opened, name: str) -> str:
+    """Where a training item has its checkpoints and its progress."""
+    return storage.join(opened.project.shared_folder(), "training", name.removeprefix("train/"))
+
+
+def train_groups(opened: Opened, grouping: Grouping, clusters: Mapping[str, str] | None) -> list[TrainGroup]:
     """The adapters of a grouping that are to be trained, by name; those that somebody else made are used as they are.
 
-    clusters: persona -> label, needed for grouping `cluster`. only: a cluster's label or number, None for all.
-    Raises ProjectError for a persona without a cluster, or a cluster that is not there.
+    clusters: persona -> label, needed for grouping `cluster`. Raises ProjectError for a persona without a cluster.
     """
     project = opened.project
     members: dict[str, list[str]] = {}
@@ -150,16 +175,36 @@ def train_groups(
         if label is None:
             raise ProjectError(f"{project.location}: {name} is in no cluster, so none can be trained with it.")
         members.setdefault(label, []).append(name)
-    if only is not None:
-        chosen = f"cluster_{int(only):02d}" if only.isdecimal() else only
-        if chosen not in members:
-            raise ProjectError(f"--cluster {only}: {unknown('cluster', chosen, members)}")
-        members = {chosen: members[chosen]}
     return [
         TrainGroup(label, project.adapter_location(label), tuple(members[label]))
         for label in sorted(members)
         if not is_foreign(project.adapter_location(label))
     ]
+
+
+def only_cluster(groups: Sequence[TrainGroup], wanted: str | None) -> list[TrainGroup]:
+    """The group of one cluster, by label or number; all where none is wanted.
+
+    Raises ProjectError if it is not there, or holds one persona.
+    """
+    if wanted is None:
+        return list(groups)
+    label = f"cluster_{int(wanted):02d}" if wanted.isdecimal() else wanted
+    chosen = [group for group in groups if group.name == label]
+    if not chosen:
+        raise ProjectError(f"--cluster {wanted}: {unknown('cluster', label, [g.name for g in groups])}")
+    if len(chosen[0].personas) == 1:
+        raise ProjectError(f"--cluster {wanted}: {_alone(label, chosen[0].personas[0])}")
+    return chosen
+
+
+def alone_in_cluster(groups: Sequence[TrainGroup]) -> list[str]:
+    """What is to be said of clusters of one persona, one line each."""
+    return [_alone(group.name, group.personas[0]) for group in groups if len(group.personas) == 1]
+
+
+def _alone(cluster: str, persona: str) -> str:
+    return f"{cluster} holds {persona} alone, so its adapter is that persona's own under another name"
 
 
 def is_foreign(location: str) -> bool:

@@ -1,8 +1,8 @@
 """Tuning: values that a recipe leaves to validation examples, tried side by side for a part of the personas.
 
 Every recipe chooses its factor from the same grid, by the same examples and the same measure, so that no row of a
-comparison has had more attention than another. One value serves all personas: a few examples of one would not carry
-a choice of its own.
+comparison has its scale chosen with more care than another. One value serves all personas: a few examples of one would
+not carry a choice of its own.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from raymerge import storage
-from raymerge.errors import PersonaError
+from raymerge.errors import EvaluationError, PersonaError
 from raymerge.manifest import read_manifest
 from raymerge.pipelines.opening import Opened
 from raymerge.pipelines.placing import write_if_new
@@ -97,11 +97,9 @@ def folder_of(opened: Opened, recipe: Recipe) -> str:
     return storage.join(opened.project.run_folder(recipe.name), "tuning")
 
 
-def chosen(opened: Opened, recipe: Recipe, items: list[Item]) -> dict[str, float] | None:
-    """The values of the highest mean similarity over personas, noted in `tuning.json`; None where nothing was scored.
-
-    Of equals the one nearest to a factor of 1.
-    """
+def chosen(opened: Opened, recipe: Recipe, items: Sequence[Item]) -> dict[str, float]:
+    """The values of the highest mean similarity over personas, noted in `tuning.json`; of equals the one nearest to a
+    factor of 1. items: those that were carried out. Raises EvaluationError where nothing was scored."""
     scores: dict[str, list[float]] = {}
     for item in items:
         if read_manifest(item.payload.folder) is None:
@@ -111,7 +109,7 @@ def chosen(opened: Opened, recipe: Recipe, items: list[Item]) -> dict[str, float
         for row in sorted(means, key=lambda row: (row["candidate"], row["persona"])):
             scores.setdefault(row["candidate"], []).append(float(row["similarity_mean"]))
     if not scores:
-        return None
+        raise EvaluationError(f"{recipe.name}: nothing could be scored, so {' and '.join(recipe.tuned)} is not chosen.")
     tried = [
         {**json.loads(label), "similarity": round(100 * float(np.mean(values)), 4)} for label, values in scores.items()
     ]

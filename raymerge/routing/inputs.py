@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -26,7 +26,8 @@ class RoutingInputs:
     nobody where it matters. clusters: labels of personas and experts.
     mean: float32 (d,), what centring takes away, from an earlier run; of `embeddings` by default.
     centroids: label -> float32 (d,), from an earlier run with centring; of the clusters' members by default.
-    seed: for the controls. candidates: what `selective` chooses among, by name.
+    seed: for the controls. candidates: what `selective` chooses among, by name. trainable: personas with training
+    examples, None where it does not matter who has any.
     """
 
     personas: Sequence[str]
@@ -37,6 +38,7 @@ class RoutingInputs:
     mean: NDArray[np.float32] | None = None
     centroids: Mapping[str, NDArray[np.float32]] | None = None
     candidates: Mapping[str, Candidate] = field(default_factory=dict)
+    trainable: Collection[str] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -72,8 +72,11 @@ def choose(personas: Sequence[str], candidates: Mapping[str, Candidate], sure: f
 
 
 def _better(other: Candidate, best: Candidate, personas: Sequence[str]) -> Values:
-    """Probability (personas,) that `other` is really better than `best` for each persona."""
+    """Probability (personas,) that `other` is really better than `best` for each persona; 0 where everybody has one
+    example, from which nobody can tell what is noise."""
     differences = [other.scores[p] - best.scores[p] for p in personas]
+    if all(len(d) < 2 for d in differences):
+        return np.zeros(len(personas))
     counts = np.array([len(d) for d in differences])
     means = np.array([d.mean() for d in differences])
     return posterior(means, pooled_variance(differences) / counts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal
@@ -112,13 +112,22 @@ def _selective(parameters: Mapping[str, Any], inputs: RoutingInputs) -> Routed:
 def _same(parameters: Mapping[str, Any], inputs: RoutingInputs) -> Routed:
     inner = parameters["of"]
     given = {key: value for key, value in inner.items() if key != "strategy"}
-    return STRATEGIES[inner["strategy"]].function(given, inputs)
+    taught = [name for name in inputs.experts if inputs.trainable is None or name in inputs.trainable]
+    return STRATEGIES[inner["strategy"]].function(given, replace(inputs, experts=taught))
 
 
 def _everybody(parameters: Mapping[str, Any], inputs: RoutingInputs) -> Routed:
     names = tuple(inputs.personas)
-    rows = tuple(make_row(np.array([i]), np.ones(1), adapter=name) for i, name in enumerate(names))
-    return Rows(names, rows, np.arange(len(rows), dtype=np.int32)), []
+    able = [inputs.trainable is None or name in inputs.trainable for name in names]
+    rows = tuple(
+        make_row(np.array([i] if there else [], np.int64), np.ones(int(there)), adapter=name if there else None)
+        for i, (name, there) in enumerate(zip(names, able, strict=True))
+    )
+    without = [name for name, there in zip(names, able, strict=True) if not there]
+    notes = (
+        [f"{without[0]}: has no training examples and gets the base ({len(without)} such personas)"] if without else []
+    )
+    return Rows(names, rows, np.arange(len(rows), dtype=np.int32)), notes
 
 
 def _control(
@@ -146,6 +155,7 @@ def _make_control(name: str, summary: str, needs: str, spoil: Callable[..., Rout
     return _make(name, summary, needs, partial(_control, spoil=spoil), of=None, seed=0)
 
 
+AS_TRAINED = ("base", "own", "unified", "cluster_trained")
 WITHOUT_NEIGHBOURS = ("selective", "hybrid", "neighbours_trained", "prefix")
 
 CONTROLS: Mapping[str, Strategy] = _named(
@@ -172,7 +182,7 @@ STRATEGIES: Mapping[str, Strategy] = _named(
     _make("hybrid", "the unified adapter and the persona's own", "own unified", _hybrid, own_weight=TUNED),
     _make("selective", "the best of a few recipes, chosen on validation examples", "", _selective,
           among=None, sure=0.8),
-    _make("neighbours_trained", "one trained on the examples of X's experts", "own", _same, of=None, epochs=None),
+    _make("neighbours_trained", "one trained on the examples of X's experts", "", _same, of=None, epochs=None),
     _make("prefix", "the persona's own prefix (prefix tuning)", "", _everybody,
           tokens=8, epochs=None, learning_rate=1e-2),
     *CONTROLS.values(),
@@ -190,7 +200,7 @@ def resolve_parameters(strategy: str, given: Mapping[str, Any]) -> dict[str, Any
     if "of" in resolved:
         inner = {key: value for key, value in resolved["of"].items() if key != "strategy"}
         name = str(resolved["of"]["strategy"])
-        if name in CONTROLS or name in WITHOUT_NEIGHBOURS:
+        if name in CONTROLS or name in WITHOUT_NEIGHBOURS or (strategy == "neighbours_trained" and name in AS_TRAINED):
             what = "itself a control" if name in CONTROLS else "which asks no neighbours"
             raise RoutingError(f"strategy {strategy}: `of` is {name}, {what}.\nExpected any other strategy.")
         resolved["of"] = {"strategy": name, **resolve_parameters(name, inner)}
@@ -201,7 +211,8 @@ def needs_of(strategy: str, parameters: Mapping[str, Any]) -> frozenset[str]:
     """What a strategy needs, and what it controls. Raises as `resolve_parameters`."""
     resolved = resolve_parameters(strategy, parameters)
     inner = [resolved["of"]["strategy"]] if "of" in resolved else list((resolved.get("among") or {}).values())
-    return STRATEGIES[strategy].needs.union(*(STRATEGIES[name].needs for name in inner))
+    needs = STRATEGIES[strategy].needs.union(*(STRATEGIES[name].needs for name in inner))
+    return needs - {"own"} if strategy == "neighbours_trained" else needs  # it asks for examples, not for adapters
 
 
 def route(strategy: str, parameters: Mapping[str, Any], inputs: RoutingInputs) -> tuple[RoutingTable, tuple[str, ...]]:

@@ -121,11 +121,14 @@ def choose_epochs(task: TrainTask | PrefixTask) -> EpochChoice | None:
         return None
     if len(set(epochs)) == 1:
         return EpochChoice(epochs[0], {})
-    tried = {
-        trial.epochs: value
+    scored = {
+        trial.epochs: summary
         for trial in task.trials
-        if trial.epochs in epochs and (value := _mean_similarity(trial.evaluation)) is not None
+        if trial.epochs in epochs and (summary := _summary(trial.evaluation)) is not None
     }
+    whole = {number: summary for number, summary in scored.items() if not summary.get("failed")}
+    # a mean over those whom a trial did not fail would be compared with a mean over all
+    tried = {number: float(summary["mean"]["similarity"]) for number, summary in (whole or scored).items()}
     if not tried:
         listed = ", ".join(trial.evaluation for trial in task.trials) or "none"
         raise EvaluationError(
@@ -136,16 +139,17 @@ def choose_epochs(task: TrainTask | PrefixTask) -> EpochChoice | None:
     return EpochChoice(min(tried, key=lambda number: (-tried[number], number)), tried)
 
 
-def _mean_similarity(evaluation: str) -> float | None:
-    """Of a complete evaluation that scored somebody."""
+def _summary(evaluation: str) -> Any:
+    """Of a complete evaluation that scored somebody; else None."""
     manifest = read_manifest(evaluation)
     if manifest is None or not is_complete(evaluation, manifest["key"]):
         return None
     try:
-        mean = storage.read_json(storage.join(evaluation, "summary.json"))["mean"]["similarity"]
+        summary = storage.read_json(storage.join(evaluation, "summary.json"))
     except StorageError:
         return None
-    return float(mean) if mean is not None and math.isfinite(mean) else None
+    mean = summary["mean"]["similarity"]
+    return summary if mean is not None and math.isfinite(mean) else None
 
 
 def _is_in_key(key: str, value: Any) -> bool:

@@ -26,7 +26,7 @@ def show_many(found: Found) -> None:
     for name, seconds in found["tried_s"].items():
         print(f"    {name:45s} {seconds * 1000:7.0f} ms for a short training, median of 3")
     print(f"  ratio {found['ratio']:.2f} (2 asked), to Trainer's loop alone {found['ratio_to_loop']:.2f}", end="")
-    print(f"; padding of ours {found['padding']:.1%}")
+    print(f", in processor time {found['ratio_busy']:.2f}; padding of ours {found['padding']:.1%}")
     _show_floor(found, found["ours_s"])
     _show_memory(found)
 
@@ -44,7 +44,7 @@ def show_unequal(found: Found) -> None:
     ):
         _line(name, _in(found["in"]), found[key], found[key] / count * 1000, how)
     print(f"  one at a time: longest first, extrapolated from {found['sample_steps']} steps of {found['steps']}")
-    print(f"  gain {found['ratio']:.2f}; padding of ours together {found['padding']:.1%}")
+    print(f"  gain {found['ratio']:.2f}, in processor time {found['ratio_busy']:.2f}; padding of ours together {found['padding']:.1%}")
     _show_floor(found, found["together_s"])
     print()
 
@@ -74,11 +74,11 @@ def show_alone(found: Found) -> None:
 
 
 def _head(unit: str) -> None:
-    print(f"  {'':30s} {'processes x threads':>19s} {'seconds':>9s} {unit:>9s}")
+    print(f"  {'':29s} {'processes x threads':>19s} {'seconds':>9s} {unit:>9s}")
 
 
 def _line(name: str, place: str, seconds: float, each: float, how: str) -> None:
-    print(f"  {name:30s} {place:>19s} {seconds:9.2f} {each:9.0f}  {how}")
+    print(f"  {name:29s} {place:>19s} {seconds:9.2f} {each:9.0f}  {how}")
 
 
 def _in(place: tuple[int, int]) -> str:
@@ -90,10 +90,9 @@ def _rounds(found: Found) -> str:
 
 
 def _show_floor(found: Found, ours: float) -> None:
-    print(f"  ours takes {ours / found['floor_s']:.2f} times the floor: the least operations, at", end=" ")
-    print(
-        f"{found['speed'] / 1e9:.0f} G a second,\n    the speed of a large product by {found['library']} in all processes"
-    )
+    speed = f"{found['speed'] / 1e9:.0f} G a second"
+    print(f"  ours takes {ours / found['floor_s']:.2f} times the floor: the least operations, at {speed},")
+    print(f"    the speed of a large product by {found['library']} in all processes")
 
 
 def _show_memory(found: Found) -> None:

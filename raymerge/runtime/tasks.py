@@ -80,7 +80,8 @@ class TrainTask:
 class PrefixTask:
     """Prefixes for PEFT trained side by side, each written to its group's folder.
 
-    tokens: the virtual tokens of a prefix. training, trials: as of a TrainTask.
+    tokens: the virtual tokens of a prefix. training, trials: as of a TrainTask. folder: for progress, for those who
+    watch.
     """
 
     groups: tuple[TrainGroup, ...]
@@ -89,6 +90,7 @@ class PrefixTask:
     training: Mapping[str, Any]
     prompt_format: str
     base_digest: str
+    folder: str
     trials: tuple[Trial, ...] = ()
 
 

@@ -14,7 +14,7 @@ from raymerge.errors import StorageError
 from raymerge.evaluation.wording import short
 from raymerge.runtime.events import Item, Outcome
 from raymerge.runtime.progress import clock_text
-from raymerge.runtime.tasks import TrainTask
+from raymerge.runtime.tasks import PrefixTask, TrainTask
 
 if TYPE_CHECKING:
     from raymerge.models.training import GroupProgress
@@ -112,13 +112,13 @@ class LiveTrainings:
     def __init__(self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
         self._say = say
         self._clock = clock
-        self._tasks: dict[str, TrainTask] = {}
+        self._tasks: dict[str, TrainTask | PrefixTask] = {}
         self._told: set[tuple[str, str]] = set()
         self._read: dict[str, tuple[float, dict[str, Any] | None]] = {}
 
     def expect(self, items: Iterable[Item]) -> None:
         """Remember where trainings of these items tell how far they are."""
-        self._tasks |= {item.id: item.payload for item in items if isinstance(item.payload, TrainTask)}
+        self._tasks |= {item.id: item.payload for item in items if isinstance(item.payload, TrainTask | PrefixTask)}
 
     def lines(self, ids: Sequence[str]) -> list[str]:
         """A line for each of these items that is in training."""
@@ -160,7 +160,7 @@ def _read_progress(folder: str) -> dict[str, Any] | None:
     return known if isinstance(known, dict) else None
 
 
-def live_line(id: str, task: TrainTask, known: Mapping[str, Any]) -> str | None:
+def live_line(id: str, task: TrainTask | PrefixTask, known: Mapping[str, Any]) -> str | None:
     """'cluster_03: step 120/480, 1:02 left, loss 1.23, 5.2k tokens/s, validation 1.30'; None before the first step.
 
     Of several adapters: their mean losses, and the share of all their steps. What is asked for first stands first,
@@ -174,7 +174,8 @@ def live_line(id: str, task: TrainTask, known: Mapping[str, Any]) -> str | None:
         parts = [f"{short(task.groups[0].name)}: step {done}/{total}"]
     else:
         finished = sum(bool(g["done"]) for g in groups)
-        parts = [f"{len(task.groups)} adapters of {id}: {100 * done // max(total, 1)} %"]
+        what = "adapters" if isinstance(task, TrainTask) else "prefixes"
+        parts = [f"{len(task.groups)} {what} of {id}: {100 * done // max(total, 1)} %"]
         parts += [f"{finished} done"] if finished else []
     if known.get("left_s") is not None:
         parts.append(f"{clock_text(known['left_s'])} left")

@@ -16,7 +16,10 @@ from raymerge.errors import ModelError, PersonaError
 from raymerge.manifest import is_complete, read_manifest
 from raymerge.models.prefix import Prefixes, read_prefix
 from raymerge.runtime import prefix as item
+from raymerge.runtime import training_progress
+from raymerge.runtime.events import Item
 from raymerge.runtime.tasks import AnswerSource, EvaluateTask, PrefixTask, TrainGroup, Trial
+from raymerge.runtime.training_progress import LiveTrainings
 from raymerge.runtime.workers import ModelWorker
 
 TRAINING = Training(epochs=4, learning_rate=0.05, batch_size=3).model_dump(mode="json")
@@ -25,7 +28,7 @@ TRAINING = Training(epochs=4, learning_rate=0.05, batch_size=3).model_dump(mode=
 @pytest.fixture
 def task(personas: str, tmp_path: Path) -> PrefixTask:
     groups = tuple(TrainGroup(name, str(tmp_path / "prefixes" / name), (name,)) for name in ("ada", "bob"))
-    return PrefixTask(groups, 5, personas, TRAINING, "{prompt}", "sha256:base")
+    return PrefixTask(groups, 5, personas, TRAINING, "{prompt}", "sha256:base", str(tmp_path / "item"))
 
 
 def files(task: PrefixTask) -> dict[Path, bytes]:
@@ -33,7 +36,7 @@ def files(task: PrefixTask) -> dict[Path, bytes]:
 
 
 def test_an_item_writes_a_prefix_for_each_group(task: PrefixTask, worker: ModelWorker, tiny_llama: Path) -> None:
-    assert worker.train_prefixes(task) == {"skipped": False, "adapters": 2, "failed": {}}
+    assert worker.train_prefixes(task) == {"skipped": False, "adapters": 2, "failed": {}, "said": []}
     for group in task.groups:
         manifest = read_manifest(group.folder)
         assert manifest is not None
@@ -60,10 +63,12 @@ def test_what_is_there_is_not_made_again(
     with monkeypatch.context() as patched:
         patched.setattr(item, "train_prefixes", None)
         assert worker.train_prefixes(task) == {"skipped": True}
-        other_rank = replace(task, training={**TRAINING, "rank": 64, "patience": 1, "tensorboard": True})
+        other_rank = replace(
+            task, training={**TRAINING, "rank": 64, "patience": 1, "tensorboard": True, "dropout": 0.1}
+        )
         assert worker.train_prefixes(other_rank) == {"skipped": True}
     Path(task.groups[1].folder, "adapter_model.safetensors").unlink()
-    assert worker.train_prefixes(task) == {"skipped": False, "adapters": 1, "failed": {}}
+    assert worker.train_prefixes(task) == {"skipped": False, "adapters": 1, "failed": {}, "said": []}
     assert files(task) == before
     assert worker.train_prefixes(replace(task, tokens=6))["adapters"] == 2
     assert worker.train_prefixes(replace(task, tokens=6, training={**TRAINING, "epochs": 3}))["adapters"] == 2
@@ -72,8 +77,42 @@ def test_what_is_there_is_not_made_again(
 def test_one_that_diverges_is_named_and_leaves_nothing(task: PrefixTask, worker: ModelWorker) -> None:
     result = worker.train_prefixes(replace(task, training={**TRAINING, "learning_rate": 1e30}))
     assert result["adapters"] == 0
-    assert result["failed"]["ada"] == "ada: training diverged: its loss became NaN. Lower the learning rate."
+    assert result["failed"]["ada"] == "ada: training diverged: it became NaN. Lower the learning rate."
     assert not Path(task.groups[0].folder, "adapter_model.safetensors").exists()
+
+
+def test_one_whose_last_step_broke_it_is_named_and_leaves_nothing(task: PrefixTask, worker: ModelWorker) -> None:
+    result = worker.train_prefixes(
+        replace(task, training={**TRAINING, "epochs": 1, "batch_size": 6, "warmup": 0, "learning_rate": 1e39})
+    )
+    assert (result["adapters"], result["failed"].keys()) == (0, {"ada", "bob"})
+    assert not any(Path(group.folder, "manifest.json").exists() for group in task.groups)
+
+
+def test_an_item_can_be_watched_while_it_trains(
+    task: PrefixTask, worker: ModelWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen from inside, where memory holds five rows: each of the 8 steps, and what was said."""
+    told: list[str] = []
+    lines: list[str] = []
+    live = LiveTrainings(told.append)
+    live.expect([Item("train/prefix/0000", "model", "train_prefixes", task)])
+    rows = Prefixes.rows
+
+    def looked(self: Prefixes, index: Any) -> Any:
+        lines.extend(live.lines(["train/prefix/0000"]))
+        if len(index) > 5:
+            raise MemoryError
+        return rows(self, index)
+
+    monkeypatch.setattr(Prefixes, "rows", looked)
+    monkeypatch.setattr(training_progress, "EVERY_S", 0.0)
+    result = worker.train_prefixes(task)
+    assert result["said"] == ["memory ran out at 3 rows of an adapter at once: 1 from now on, accumulated"]
+    assert told == [f"train/prefix/0000: {result['said'][0]}"]
+    seen = list(dict.fromkeys(line.split(",")[0] for line in lines))
+    assert seen == [f"2 prefixes of train/prefix/0000: {100 * step // 8} %" for step in range(1, 8)]
+    assert not Path(task.folder).exists()
 
 
 def test_epochs_are_chosen_by_their_trials(

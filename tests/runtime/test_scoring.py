@@ -40,7 +40,15 @@ def test_each_persona_is_answered_by_its_own_source(
     """Adapter, prefix, base, merge and mixture in one item answer as each does in an item of its own."""
     prefix = str(tmp_path / "prefix")
     worker.train_prefixes(
-        PrefixTask((TrainGroup("bob", prefix, ("bob",)),), 4, evaluate_task.personas, TRAINING, "{prompt}", "b")
+        PrefixTask(
+            (TrainGroup("bob", prefix, ("bob",)),),
+            4,
+            evaluate_task.personas,
+            TRAINING,
+            "{prompt}",
+            "b",
+            prefix + "-item",
+        )
     )
     merged = merge_task("m", [("a", saved("a", 1), 0.5), ("b", saved("b", 2), 0.5)], tmp_path, rank="exact")
     own = source("ada", "adapter", saved("own", 3))

@@ -111,6 +111,15 @@ def test_selective_chooses_among_the_references_there_are():
     assert recipes["two"].anchor == "none"
     with pytest.raises(RecipeError, match="unknown recipe of a strategy base, own"):
         parse_recipes({**written, "bad": {"strategy": "selective", "among": ["moe", "base"]}})
+    twice = {
+        **written,
+        "again": {"strategy": "own", "scale": 2},
+        "bad": {"strategy": "selective", "among": ["mine", "again"]},
+    }
+    with pytest.raises(RecipeError, match="has mine and again, both own"):
+        parse_recipes(twice)
+    with pytest.raises(RecipeError, match="takes adapters as they are"):
+        parse_recipes({**written, "bad": {"strategy": "selective", "scale": 2}})
     with pytest.raises(RecipeError, match="nothing to choose among"):
         parse_recipes({"base": {"strategy": "base"}, "best": {"strategy": "selective"}})
 

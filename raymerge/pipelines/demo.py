@@ -67,7 +67,7 @@ def project_file(quick: bool, clusters: int, *, all_rows: bool = False) -> bytes
             "cluster_adapters": "all/clusters/{cluster}",
             "output": "all/runs",
             "training": {**project["training"], "epochs": _epochs(quick)},
-            "recipes": _all_recipes(5 if quick else 15),
+            "recipes": _all_recipes(quick),
         }
     return ("# Written by `raymerge demo`.\n" + yaml.safe_dump(project, sort_keys=False)).encode()
 
@@ -97,8 +97,9 @@ def _epochs(quick: bool) -> dict[str, list[int]]:
     return {"persona": [4, 8, 16], "cluster": [5, 10, 20] if quick else [3, 5, 10], "unified": [2, 3, 6]}
 
 
-def _all_recipes(k: int) -> dict[str, dict[str, Any]]:
+def _all_recipes(quick: bool) -> dict[str, dict[str, Any]]:
     """Every row that readers ask for; each that has a scale chooses it from the same grid."""
+    k = 5 if quick else 15
     top = {"strategy": "top_k", "k": k, **NEIGHBOURS}
     recipes = {
         **_recipes(k),
@@ -115,6 +116,6 @@ def _all_recipes(k: int) -> dict[str, dict[str, Any]]:
         **tuned,
         "neighbours_trained": {**recipes["neighbours_trained"], "scale": "tuned"},
         "selective": {"strategy": "selective"},
-        "prefix": {"strategy": "prefix", "learning_rate": 0.1, "epochs": [16, 48] if k == 5 else [8, 16]},
+        "prefix": {"strategy": "prefix", "learning_rate": 0.1, "epochs": [16, 48] if quick else [8, 16]},
         "rag": {"strategy": "base", "retrieval": RETRIEVAL},
     }

@@ -133,8 +133,9 @@ def test_bad_input_is_refused_before_any_work(quick_demo, tmp_path, change, mess
     assert not list(folder.rglob("runs/*/adapters/*"))
 
 
-def test_where_neighbours_share_nothing_the_report_finds_no_gain(tmp_path):
-    done = raymerge("demo", "--quick", "--relatedness", "0", "--out", tmp_path)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_where_neighbours_share_nothing_the_report_finds_no_gain(tmp_path, seed):
+    done = raymerge("demo", "--quick", "--relatedness", "0", "--seed", str(seed), "--out", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     verdict = json.loads((tmp_path / "runs/comparison.json").read_text())["verdict"]
     assert verdict["headline"].startswith("Merging neighbours gains nothing")

@@ -9,11 +9,18 @@ import pytest
 import yaml
 
 from raymerge.adapters import read_adapter
+from raymerge.config import load_project
 from raymerge.errors import PersonaError, ProjectError, RecipeError
+from raymerge.pipelines.demo import project_file
 from raymerge.pipelines.evaluate import evaluate
+from raymerge.pipelines.job import kinds_used
 from raymerge.pipelines.merge import merge
+from raymerge.pipelines.opening import open_project
 from raymerge.pipelines.run import run
+from raymerge.pipelines.steps import Plan, Steps
 from raymerge.pipelines.train import train
+from raymerge.recipes import parse_recipes
+from raymerge.routing.strategies import STRATEGIES
 
 
 def change(location: str, **keys) -> str:
@@ -221,3 +228,115 @@ def test_one_cluster_can_be_trained_with_settings_given_here(project, capsys):
         train(project, group_by="cluster", settings={"rank": 0}, local=True)
     with pytest.raises(ProjectError, match="goes with --group-by cluster"):
         train(project, group_by="persona", cluster="0", local=True)
+
+
+def test_selective_serves_the_adapters_that_were_scored_also_where_they_began_from_another(project):
+    recipes = {
+        "base": {"strategy": "base"},
+        "own": {"strategy": "own", "scale": "tuned"},
+        "best": {"strategy": "selective"},
+    }
+    change(project, adapters="new/{persona}", recipes=recipes, evaluation={"scales": [3.0], "personas_per_item": 4})
+    assert train(project, group_by="unified", local=True) == 0
+    assert train(project, group_by="persona", start_from="unified", local=True) == 0
+    assert run(project, local=True) == 0
+    for persona, place in assigned(project, "best").items():
+        assert place in (None, f"runs/own/adapters/{persona}")
+    assert evaluate(project, recipes=["best"], local=True) == 0
+    assert similarity(project, "best", "evaluation_in_memory") == pytest.approx(similarity(project, "best"), abs=1e-3)
+
+
+def test_what_cannot_be_scored_fails_its_own_rows_alone(project, capsys):
+    recipes = {
+        "own": {"strategy": "own", "scale": "tuned"},
+        "base": {"strategy": "base"},
+        "average": {"strategy": "cluster_average"},
+        "best": {"strategy": "selective", "among": ["own", "base"]},
+    }
+    change(project, recipes=recipes)
+    for name in ("p0", "p1", "p2", "p3", "p4", "p5"):
+        weights = Path(project).parent / "adapters" / name / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-10])
+    assert run(project, local=True) == 1
+    told = capsys.readouterr().err
+    assert "plan/own: own: nothing could be scored, so factor is not chosen." in told
+    assert "plan/best: best: of what it chooses among, 1 could be scored." in told
+    assert (runs(project) / "base/evaluation/summary.json").exists()
+
+
+def test_a_changed_grid_is_tried_anew(project):
+    change(project, recipes={"own": {"strategy": "own", "scale": "tuned"}}, evaluation={"scales": [0.5]})
+    assert merge(project, local=True) == 0
+    change(project, evaluation={"scales": [2.0]})
+    assert merge(project, local=True) == 0
+    told = json.loads((runs(project) / "own/tuning/tuning.json").read_text())
+    assert told["chosen"] == {"factor": 2.0}
+
+
+def test_neighbours_are_trained_on_without_training_their_own_adapters(project):
+    recipes = {"top": {"strategy": "cluster_average"}, "trained": {"strategy": "neighbours_trained", "of": "top"}}
+    change(project, adapters="new/{persona}", recipes=recipes)
+    assert run(project, recipes=["trained"], local=True) == 0
+    assert not (Path(project).parent / "new").exists()
+    change(project, recipes={"u": {"strategy": "unified"}, "t": {"strategy": "neighbours_trained", "of": "u"}})
+    with pytest.raises(RecipeError, match="which asks no neighbours"):
+        run(project, local=True)
+
+
+def without(project: str, persona: str, split: str) -> None:
+    location = Path(project).parent / "personas.jsonl"
+    rows = [json.loads(line) for line in location.read_text().splitlines()]
+    kept = [row for row in rows if (row["persona"], row["split"]) != (persona, split) and persona != "*"]
+    kept = [row for row in rows if row["split"] != split] if persona == "*" else kept
+    location.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+
+def test_a_persona_without_training_examples_gets_the_base_instead_of_a_prefix(project):
+    change(project, recipes={"prefix": {"strategy": "prefix", "tokens": 2, "epochs": 1}})
+    without(project, "p2", "train")
+    assert run(project, local=True) == 0
+    assert assigned(project, "prefix")["p2"] is None
+
+
+def test_several_epochs_and_patience_need_validation_examples(project):
+    without(project, "p2", "validation")
+    change(project, adapters="new/{persona}", training={"epochs": 1, "patience": 1})
+    with pytest.raises(PersonaError, match="has `patience`, and p2 has no validation examples"):
+        train(project, group_by="persona", local=True)
+    without(project, "*", "validation")
+    change(project, training={"epochs": [1, 2]})
+    with pytest.raises(PersonaError, match="several numbers of epochs to choose from, and nobody has validation"):
+        train(project, group_by="cluster", local=True)
+
+
+def test_a_cluster_of_one_is_refused_where_it_was_given(project):
+    labels = {f"p{i}": "cluster_00" if i else "cluster_01" for i in range(6)}
+    (Path(project).parent / "clusters.json").write_text(json.dumps(labels))
+    with pytest.raises(ProjectError, match="cluster cluster_01 has p0 as its only member"):
+        train(project, group_by="cluster", local=True)
+
+
+def test_epochs_of_found_clusters_are_tried_where_no_recipe_merges(project):
+    training = {"rank": 2, "batch_size": 2, "epochs": [1, 2]}
+    change(project, clusters={"count": 2}, training=training, recipes={}, hardware={"cpus_per_model": 0.5})
+    plan = Plan(open_project(project), Steps(train=("cluster",)))
+    assert kinds_used(plan.opened, plan.first()) == {"merge", "model"}
+    assert train(project, group_by="cluster", local=True) == 0
+
+
+def test_other_seeds_begin_where_the_first_did(project):
+    change(project, adapters="new/{persona}", recipes={"own": {"strategy": "own"}})
+    assert train(project, group_by="unified", local=True) == 0
+    assert train(project, group_by="persona", start_from="unified", local=True) == 0
+    assert run(project, seeds=2, local=True) == 0
+    manifest = json.loads((runs(project) / "_seeds/1/_trained/adapters/p0/manifest.json").read_text())
+    assert manifest["training"]["start_from"].endswith("_seeds/1/_trained/unified")
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_demo_of_all_rows_is_a_project_of_every_strategy(quick, tmp_path):
+    (tmp_path / "raymerge.yaml").write_bytes(project_file(quick, 3, all_rows=True))
+    recipes = parse_recipes(load_project(str(tmp_path / "raymerge.yaml")).recipes)
+    assert {recipe.strategy for recipe in recipes.values()} == set(STRATEGIES)
+    assert {n for n, r in recipes.items() if not r.tuned} == {"base", "rag", "prefix", "selective"}
+    assert sum(r.retrieval is not None for r in recipes.values()) == 3

@@ -111,3 +111,9 @@ def test_the_routing_table_names_what_was_chosen():
     assert f"{choice.best} is best for the population" in notes[0]
     unified = [group for group in table.groups() if group.adapter == "unified"]
     assert len(unified) == 1
+
+
+def test_one_example_of_everybody_moves_nobody():
+    personas = names(24)
+    choice = choose(personas, candidates({"own": 0.5, "unified": 0.5}, personas, examples=1, spread=0.3), 0.8)
+    assert choice.moved == ()

@@ -132,6 +132,7 @@ def measure_many(plan: Plan, size: Size, groups: Sequence[tuple[str, Rows]]) -> 
         "ours_in": [plan.processes, plan.place.threads], "theirs_in": [peft.count, _threads(plan, peft.count)],
         "theirs": str(choices), "tried_s": tried, "ours_s": mine, "theirs_s": whole, "theirs_loop_s": loop,
         "ratio": whole / mine, "ratio_to_loop": loop / mine, "padding": _padding(done), "memory_mib": memory,
+        "ratio_busy": _busy(theirs) / len(theirs) * len(groups) / _busy(done),
     }  # fmt: skip
 
 
@@ -182,6 +183,7 @@ def measure_unequal(plan: Plan, size: Size, groups: Sequence[tuple[str, Rows]]) 
         "steps": steps, "sample": len(sample), "sample_steps": seen, "rounds": plan.rounds,
         "in": [plan.processes, plan.place.threads], "together_s": mine, "one_at_a_time_s": single,
         "ratio": single / mine, "padding": _padding(done),
+        "ratio_busy": _busy(apart) / (2 * plan.rounds * seen) * steps / _busy(done),
     }  # fmt: skip
 
 
@@ -267,6 +269,10 @@ def _spread(things: Sequence[Any], count: int, multiple: int) -> list[Any]:
     """So many of them or a few more, evenly spread: a multiple of a number, where there are as many."""
     count = min(-(-count // multiple) * multiple, len(things))
     return [things[(2 * number + 1) * len(things) // (2 * count)] for number in range(count)]
+
+
+def _busy(done: Sequence[Done]) -> float:
+    return sum(d.busy for d in done)
 
 
 def _padding(done: Sequence[Done]) -> float:

@@ -44,7 +44,8 @@ def show_unequal(found: Found) -> None:
     ):
         _line(name, _in(found["in"]), found[key], found[key] / count * 1000, how)
     print(f"  one at a time: longest first, extrapolated from {found['sample_steps']} steps of {found['steps']}")
-    print(f"  gain {found['ratio']:.2f}, in processor time {found['ratio_busy']:.2f}; padding of ours together {found['padding']:.1%}")
+    print(f"  gain {found['ratio']:.2f}, in processor time {found['ratio_busy']:.2f}", end="")
+    print(f"; padding of ours together {found['padding']:.1%}")
     _show_floor(found, found["together_s"])
     print()
 

@@ -180,7 +180,8 @@ def _heat_map(axes: Axes, shown: RoutingMap) -> None:
 
 
 def cost_figure(comparison: Comparison) -> Figure | None:
-    """Similarity against the seconds a row took, training of its experts included; None where no time is known."""
+    """Similarity against the seconds a row took, training of its experts included; rows of which a
+    part of the time is not known are left out; None where all are."""
     timed = [(row, seconds) for row in comparison.rows if (seconds := row.costs.seconds)]
     if not timed:
         return None

@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 
-from raymerge.evaluation.scores import REFERENCES, Aligned, RunScores
+from raymerge.evaluation.scores import REFERENCES, Aligned, RunScores, examples_in_prompt, same_but
+from raymerge.evaluation.seeds import seed_means
 
 LARGE_ERROR = 0.2
+WORSE = 10.0  # points that examples in the prompt may cost before a reader is told why
 NAMED = 10  # personas named before the rest are counted
 
 
@@ -41,6 +43,12 @@ def remarks(
     if len(aligned.personas) < 20:
         warnings.append(f"{len(aligned.personas)} personas are few: intervals are wide, and only approximate.")
     notes = [f"{run.name}: {note}" for run in runs for note in run.notes]
+    notes += [
+        f"{run.name}: seed {seed} is left out, since it lacks answers of {count} personas that this table stands on."
+        for run in runs
+        for seed, count in seed_means(run, aligned)[1].items()
+    ]
+    notes += _harmed_by_examples(runs, aligned)
     if similarity_model and similarity_model == routing_model:
         notes.append(
             f"{similarity_model} both routes and scores, so it judges its own choice. chrF and the likelihood do not."
@@ -51,6 +59,28 @@ def remarks(
     if not any(run.kind == "control" for run in runs):
         notes.append("No control was compared: random_k, random_cluster or shuffled say what any merge would gain.")
     return tuple(warnings), tuple(notes)
+
+
+def _harmed_by_examples(runs: Sequence[RunScores], aligned: Aligned) -> list[str]:
+    """What may be behind rows that fall far below the same recipe with plain prompts."""
+    means = 100 * aligned.persona_means("similarity").mean(axis=1)
+    fell = [
+        run.name
+        for i, run in enumerate(runs)
+        if examples_in_prompt(run.recipe)
+        and any(
+            not examples_in_prompt(plain.recipe)
+            and same_but(run.recipe, plain.recipe, "retrieval")
+            and means[i] < means[j] - WORSE
+            for j, plain in enumerate(runs)
+        )
+    ]
+    if not fell:
+        return []
+    return [
+        f"{', '.join(fell)}: the base answers worse with examples in its prompt than without: it may never have seen "
+        "several in one context."
+    ]
 
 
 def _missing(name: str, personas: Sequence[str]) -> str:

@@ -202,7 +202,8 @@ def _forest(comparison: Comparison) -> dict[str, dict[str, str]]:
 
 def _bars(comparison: Comparison) -> dict[str, dict[str, str]]:
     """Lengths of the cost bars in percent of the longest: the three times, and the bytes."""
-    longest = max([row.costs.seconds or 0 for row in comparison.rows] + [1e-9])
+    costs = [row.costs for row in comparison.rows]
+    longest = max([sum(s or 0.0 for s in (c.train_s, c.merge_s, c.evaluate_s)) for c in costs] + [1e-9])
     largest = max([row.costs.bytes or 0 for row in comparison.rows] + [1])
     return {
         row.name: {

@@ -129,7 +129,7 @@ def build_rows(
 ) -> tuple[Row, ...]:
     """A line per run, in the order of runs. labels: cluster of each persona, or None."""
     low, high = statistics.interval(means, scores.shape[1])
-    over_seeds = spreads_over_seeds(runs, scores, place)
+    over_seeds = spreads_over_seeds(runs, aligned, scores, place)
     by_cluster = _by_cluster(scores, place, labels, resamples, seed)
     beside = {metric: aligned.persona_means(metric) for metric in ("chrf", "nll", "exact")}
     return tuple(

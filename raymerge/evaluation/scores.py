@@ -36,9 +36,10 @@ class Costs:
 
     @property
     def seconds(self) -> float | None:
-        """All seconds known, or None where none is."""
-        known = [s for s in (self.train_s, self.merge_s, self.evaluate_s) if s is not None]
-        return sum(known) if known else None
+        """All seconds, None where a part of them is not known: the rest would be taken for the whole."""
+        if self.train_s is None or self.merge_s is None or self.evaluate_s is None:
+            return None
+        return self.train_s + self.merge_s + self.evaluate_s
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class RunScores:
     validation_similarity: mean on validation examples, 0 to 100, where the recipe was chosen by it.
     compression_error: overall relative Frobenius error of the merged adapters, None where nothing was compressed.
     tuned: what validation examples chose, {"chosen": {"factor", "own_weight"}, "tried": [{.., "similarity"}]}, with
-        similarity from 0 to 100; None where nothing was tuned. by_seed: training seed -> mean similarity, 0 to 100, of
+        similarity from 0 to 100; None where nothing was tuned. by_seed: training seed -> metrics of
         the same row trained with other seeds than this one.
     """
 
@@ -67,7 +68,7 @@ class RunScores:
     compression_error: float | None = None
     notes: tuple[str, ...] = ()
     tuned: Mapping[str, Any] | None = None
-    by_seed: Mapping[int, float] = field(default_factory=dict)
+    by_seed: Mapping[int, pa.Table] = field(default_factory=dict)
 
     @property
     def kind(self) -> Kind:
@@ -128,6 +129,12 @@ def examples_in_prompt(recipe: Mapping[str, Any]) -> int:
     """How many training examples a recipe puts into each prompt: 0 for plain prompts."""
     retrieval = recipe.get("retrieval")
     return int(retrieval.get("examples", 0)) if isinstance(retrieval, Mapping) else 0
+
+
+def same_but(recipe: Mapping[str, Any], other: Mapping[str, Any], key: str) -> bool:
+    """Whether two recipes are the same but for their names and one key."""
+    keys = sorted({*recipe, *other} - {"name", key})
+    return all(recipe.get(k) == other.get(k) for k in keys)
 
 
 def align(runs: Sequence[RunScores]) -> Aligned:

@@ -1,11 +1,11 @@
 """How much a row depends on the seed that its adapters were trained with."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from raymerge.evaluation.scores import RunScores
+from raymerge.evaluation.scores import Aligned, RunScores
 from raymerge.evaluation.statistics import Values
 from raymerge.evaluation.wording import signed
 
@@ -26,22 +26,51 @@ class SeedSpread:
     differences: tuple[float, ...]
 
 
-def spreads_over_seeds(runs: Sequence[RunScores], scores: Values, place: int | None) -> list[SeedSpread | None]:
+def spreads_over_seeds(
+    runs: Sequence[RunScores], aligned: Aligned, scores: Values, place: int | None
+) -> list[SeedSpread | None]:
     """The spread of each run over the training seeds it was scored with, None where there is one seed only.
 
-    scores: (runs, personas), points, of the seed that the comparison stands on. place: the reference row, or None.
+    aligned, scores: the personas and examples that the comparison stands on, and (runs, personas) points of them; other
+    seeds are read over the same ones, and left out where they lack some. place: the reference row, or None.
     """
-    return [_spread(runs, scores.mean(axis=1), i, place) for i in range(len(runs))]
+    by_seed = [seed_means(run, aligned)[0] for run in runs]
+    return [_spread(by_seed, scores.mean(axis=1), i, place) for i in range(len(runs))]
 
 
-def _spread(runs: Sequence[RunScores], means: Values, row: int, place: int | None) -> SeedSpread | None:
-    mine = runs[row].by_seed
+def seed_means(run: RunScores, aligned: Aligned) -> tuple[dict[int, float], dict[int, int]]:
+    """Mean similarity x 100 of a run trained with other seeds, over the aligned personas and examples; and the seeds
+    that lack some of them, with the number of personas they lack."""
+    index = {name: place for place, name in enumerate(aligned.personas)}
+    width = 1 + int(aligned.example.max(initial=0))
+    wanted = aligned.person * width + aligned.example
+    means: dict[int, float] = {}
+    lacking: dict[int, int] = {}
+    for seed, table in sorted(run.by_seed.items()):
+        person = np.array([index.get(name, -1) for name in table["persona"].to_pylist()], dtype=np.int64)
+        example = table["example"].to_numpy().astype(np.int64)
+        similarity = np.array(table["similarity"].to_pylist(), dtype=np.float64)
+        known = (person >= 0) & (example < width) & np.isfinite(similarity)
+        keys, values = person[known] * width + example[known], similarity[known]
+        there = np.isin(wanted, keys)
+        if not there.all():
+            lacking[seed] = len(np.unique(aligned.person[~there]))
+            continue
+        order = np.argsort(keys, kind="stable")
+        picked = values[order[np.searchsorted(keys[order], wanted)]]
+        totals = np.bincount(aligned.person, weights=picked) / np.bincount(aligned.person)
+        means[seed] = 100 * float(totals.mean())
+    return means, lacking
+
+
+def _spread(by_seed: Sequence[Mapping[int, float]], means: Values, row: int, place: int | None) -> SeedSpread | None:
+    mine = by_seed[row]
     if not mine:
         return None
     similarities = [float(means[row]), *(mine[seed] for seed in sorted(mine))]
     differences: list[float] = []
     if place is not None and place != row:
-        theirs = runs[place].by_seed
+        theirs = by_seed[place]
         differences = [mine[seed] - theirs[seed] for seed in sorted(mine) if seed in theirs]
         differences = [float(means[row] - means[place]), *differences] if differences else []
     return SeedSpread(

@@ -182,7 +182,7 @@ def _headline(
         if reference.cannot_be_told:
             opening = "Neighbours know something, but whether m" if credited else "Whether m"
             between = f"{signed(reference.low)} to {signed(reference.high)} over {reference.over}"
-            return f"{opening}{merging[1:]} pays cannot be told with this data ({name}: {between}){caveat}.", True
+            return f"{opening}{merging[1:]} pays cannot be told with this data ({name}: {between}).", True
         than = "no better than" if worth == "nothing" else "worse than"
         opening = f"Neighbours know something, but m{merging[1:]}" if credited else merging
         return f"{opening} does not pay: {name} does {than} {reference.over}{caveat}.", False

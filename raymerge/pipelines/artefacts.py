@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from raymerge.evaluation.curves import Losses, TrainingCurve, curve_of, thin_losses
 from raymerge.manifest import read_manifest
 
+# Settings that an adapter does not depend on, and the seed, which is what differs where seeds are compared.
+_NOT_COMPARED = (
+    "seed",
+    "adapters_per_item",
+    "checkpoint_every",
+    "tensorboard",
+    "micro_batch",
+    "gradient_checkpointing",
+)
 ORDER = ("unified", "cluster", "persona")  # of curves; others follow by name
 
 
@@ -17,7 +26,8 @@ class Artefact:
     """An adapter as its marker describes it.
 
     error: relative Frobenius error of a merge. grouping, name, steps, epochs, losses: of a training; steps are those of
-    the optimiser, epochs in words: `8`, or `4 of 2, 4, 8` where validation examples chose.
+    the optimiser, epochs in words: `8`, or `4 of 2, 4, 8` where validation examples chose. training: its settings, but
+    for the seed and those that decide nothing; epochs are all that were tried.
     """
 
     bytes: int
@@ -27,6 +37,7 @@ class Artefact:
     steps: int | None = None
     epochs: str | None = None
     losses: Losses | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_trained(self) -> bool:
@@ -39,6 +50,7 @@ class Artefacts:
 
     def __init__(self) -> None:
         self._read: dict[str, Artefact | None] = {}
+        self._beside: dict[str, Artefact | None] = {}
 
     def read(self, location: str) -> Artefact | None:
         """The adapter at a location, None where it has no marker of ours."""
@@ -46,6 +58,13 @@ class Artefacts:
             manifest = read_manifest(location)
             self._read[location] = None if manifest is None else _describe(manifest)
         return self._read[location]
+
+    def read_beside(self, location: str) -> Artefact | None:
+        """The same for an adapter that no row is made of: it is in no curve."""
+        if location not in self._beside:
+            manifest = read_manifest(location)
+            self._beside[location] = None if manifest is None else _describe({**manifest, "losses": []})
+        return self._beside[location]
 
     def curves(self) -> tuple[TrainingCurve, ...]:
         """The training curves of all that was read, one for each grouping."""
@@ -74,7 +93,14 @@ def _describe(manifest: Mapping[str, Any]) -> Artefact:
         steps=None if steps is None else int(steps),
         epochs=_epochs(manifest),
         losses=thin_losses(losses, manifest.get("validation") or ()),
+        training=_settings(manifest),
     )
+
+
+def _settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    settings = {key: value for key, value in manifest.get("training", {}).items() if key not in _NOT_COMPARED}
+    choice = manifest.get("epochs_chosen")
+    return {**settings, "epochs": sorted(int(n) for n in choice["tried"])} if choice else settings
 
 
 def _epochs(manifest: Mapping[str, Any]) -> str | None:

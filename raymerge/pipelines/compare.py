@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
@@ -16,10 +17,10 @@ from raymerge.evaluation.scores import Costs, RunScores
 from raymerge.manifest import read_manifest
 from raymerge.pipelines.artefacts import Artefact, Artefacts
 from raymerge.pipelines.job import Timing, read_timings
+from raymerge.pipelines.other_seeds import read_other_seeds
 from raymerge.pipelines.planning import TRAINS_ITS_OWN
 
 NOT_RUNS = ("plots",)
-SEEDS = "_seeds"  # the folder of what was trained with other seeds
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ def read_scores(project: Project, name: str, artefacts: Artefacts | None = None)
     recipe = storage.read_json(storage.join(folder, "recipe.json"))
     adapters = _assigned(project, folder)
     served = [artefacts.read(place) for place in adapters.values()]
-    parts = _parts(project, artefacts, routing, served, folder if recipe["strategy"] in TRAINS_ITS_OWN else None)
+    parts = list(_parts(project, artefacts, recipe, folder, routing).values())
+    by_seed, left_out = read_other_seeds(project, name, recipe, parts, artefacts)
     tuning = storage.join(folder, "tuning", "tuning.json")
     shared = read_timings(project.shared_folder())
     return RunScores(
@@ -127,38 +129,38 @@ def read_scores(project: Project, name: str, artefacts: Artefacts | None = None)
         ),
         compression_error=_mean([one.error for one in served if one is not None and one.error is not None]),
         validation_similarity=_similarity(storage.join(folder, "validation", "summary.json")),
-        notes=notes,
+        notes=(*notes, *left_out),
         tuned=storage.read_json(tuning) if storage.exists(tuning) else None,
-        by_seed=_by_seed(project, name),
+        by_seed=by_seed,
     )
 
 
-def _by_seed(project: Project, name: str) -> dict[int, float]:
-    """Mean similarity, 0 to 100, of the same row trained with other seeds."""
-    folder = storage.join(project.path(project.output), SEEDS)
-    places = {
-        int(seed): storage.join(folder, seed, name, "evaluation", "summary.json")
-        for seed in storage.list_folders(folder)
-        if seed.isdecimal()
-    }
-    found = {seed: _similarity(place) for seed, place in places.items()}
-    return {seed: value for seed, value in sorted(found.items()) if value is not None}
-
-
 def _parts(
-    project: Project, artefacts: Artefacts, routing: pa.Table, served: Sequence[Artefact | None], own: str | None
-) -> list[Artefact | None]:
-    """The trained adapters that a run is made of: those it serves, or the experts that they were merged from.
-
-    own: the folder of a run that trained its own.
-    """
-    if served and all(one is not None and one.is_trained for one in served):
-        return list(served)
-    if own is not None:
-        trained = storage.join(own, "trained")
-        return [artefacts.read(storage.join(trained, name)) for name in storage.list_folders(trained)]
-    experts = [expert for expert in routing.column("expert").unique().to_pylist() if expert]
-    return [artefacts.read(project.adapter_location(expert)) for expert in sorted(experts)]
+    project: Project, artefacts: Artefacts, recipe: Mapping[str, Any], folder: str, routing: pa.Table
+) -> dict[str, Artefact | None]:
+    """The trained adapters that a run is made of, by location: those it serves, or the experts that they were merged
+    from; of a choice, those of all that it chose from, since they had to be trained to be tried."""
+    among = recipe["strategy_parameters"].get("among", {}) if recipe["strategy"] == "selective" else {}
+    if among:
+        found: dict[str, Artefact | None] = {}
+        for name in among:
+            place = project.run_folder(name)
+            if not storage.exists(storage.join(place, "routing.parquet")):
+                return {place: None}  # it was chosen from, and what it took is not known
+            inner = storage.read_json(storage.join(place, "recipe.json"))
+            table = storage.read_parquet(storage.join(place, "routing.parquet"))
+            found.update(_parts(project, artefacts, inner, place, table))
+        return found
+    served = {place: artefacts.read(place) for place in _assigned(project, folder).values()}
+    if served and all(one is not None and one.is_trained for one in served.values()):
+        return served
+    if recipe["strategy"] in TRAINS_ITS_OWN:
+        trained = storage.join(folder, "trained")
+        places = [storage.join(trained, name) for name in storage.list_folders(trained)]
+    else:
+        experts = [expert for expert in routing.column("expert").unique().to_pylist() if expert]
+        places = [project.adapter_location(expert) for expert in sorted(experts)]
+    return {place: artefacts.read(place) for place in places}
 
 
 def _similarity(location: str) -> float | None:

@@ -42,6 +42,11 @@ def run(
     return RunScores(name, made_by, pa.table(metrics), generations, **more)
 
 
+def at_seed(level: float, personas: int = 24, examples: int = 3) -> pa.Table:
+    """Metrics of a row trained with another seed: every answer has the same similarity, 0 to 100."""
+    return run("x", {}, np.full((personas, examples), level / 100)).metrics
+
+
 @pytest.fixture
 def world() -> tuple[list[RunScores], dict[str, str]]:
     """Seven runs of 24 personas with three examples in two clusters; `soft` asks its neighbours and gains."""

@@ -15,7 +15,7 @@ from raymerge.evaluation.comparison import Comparison, compare
 from raymerge.evaluation.guide.facts import Step
 from raymerge.evaluation.scores import Costs, RunScores
 
-from .conftest import SOFT, recipe, run
+from .conftest import SOFT, at_seed, recipe, run
 
 TRAINED = {"unified": Costs(600, 0, 30, 1 << 20, 1), "own": Costs(3600, 0, 40, 80 << 20, 80),
            "base": Costs(0, 0, 30, 0, 0), "cluster_trained": Costs(900, 0, 35, 5 << 20, 5)}  # fmt: skip
@@ -206,7 +206,7 @@ def test_bad_own_adapters_ask_to_start_from_unified_while_no_merge_gains() -> No
 def test_a_gain_asks_for_other_seeds_until_they_are_there() -> None:
     comparison = guided(*references(), soft(0.6), control(0.4))
     assert comparison.guide.steps[-1].command == "raymerge run p.yaml --recipe soft --recipe unified --seeds 3"
-    seeded = [soft(0.6, by_seed={1: 60.0}), *references()]
+    seeded = [soft(0.6, by_seed={1: at_seed(60, 80, 6)}), *references()]
     assert step(guided(*seeded, control(0.4)), "Train with 3 seeds") is None
 
 

@@ -17,7 +17,7 @@ from raymerge.evaluation.report import encode_comparison, render_report, termina
 from raymerge.evaluation.scores import Costs
 from raymerge.evaluation.wording import describe, duration, p_value, scale, signed, size
 
-from .conftest import SOFT, make_world, recipe, run
+from .conftest import SOFT, at_seed, make_world, recipe, run
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>\u202e$\\frac{1}$\n{{ 7 * 7 }}人\x00'
 CURVES = (
@@ -225,7 +225,7 @@ def test_the_terminal_table_fits_eighty_columns_and_begins_with_what_was_asked(c
 def test_columns_that_do_not_fit_are_left_out_the_least_important_first() -> None:
     runs, clusters = make_world()
     long = [dataclasses.replace(r, name="a_row_of_a_long_name" if r.name == "soft" else r.name) for r in runs]
-    seeded = [dataclasses.replace(r, by_seed={1: 60.0, 2: 61.0}) for r in long]
+    seeded = [dataclasses.replace(r, by_seed={1: at_seed(60), 2: at_seed(61)}) for r in long]
     few, many = printed(compare(seeded, clusters=clusters, resamples=50)), printed(compare(runs, resamples=50))
     headers = {
         text: next(line for line in text.splitlines() if line.startswith("row ")).split() for text in (few, many)
@@ -252,7 +252,12 @@ def test_the_page_shows_seeds_scales_steps_and_models_where_they_are_known(files
     tuned = {"chosen": {"factor": 1.4}, "tried": []}
     costs = Costs(30.0, 2.0, 1.5, 3 << 20, 1234, 56_789, "4 of 2, 4, 8")
     told = run(
-        "soft", recipe("soft", "soft", **SOFT), np.full((3, 1), 0.7), tuned=tuned, costs=costs, by_seed={1: 60.0}
+        "soft",
+        recipe("soft", "soft", **SOFT),
+        np.full((3, 1), 0.7),
+        tuned=tuned,
+        costs=costs,
+        by_seed={1: at_seed(60, 3, 1)},
     )
     page = render_report(compare([told], resamples=50))["report.html"].decode()
     said = " ".join("".join(Page(page).words).split())

@@ -3,17 +3,21 @@
 import dataclasses
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from raymerge.evaluation.comparison import Comparison, compare
 
-from .conftest import make_world
+from .conftest import at_seed, make_world
 
 
 def with_seeds(soft: dict[int, float], unified: dict[int, float]) -> Comparison:
     runs, clusters = make_world()
     by_name = {"soft": soft, "unified": unified}
-    runs = [dataclasses.replace(run, by_seed=by_name.get(run.name, {})) for run in runs]
+    runs = [
+        dataclasses.replace(run, by_seed={seed: at_seed(level) for seed, level in by_name.get(run.name, {}).items()})
+        for run in runs
+    ]
     return compare(runs, clusters=clusters, resamples=200)
 
 
@@ -48,3 +52,18 @@ def test_a_gain_that_another_seed_turns_round_is_warned_of() -> None:
 def test_seeds_without_the_reference_spread_the_similarity_alone() -> None:
     spread = {row.name: row for row in with_seeds({1: 70.0}, {2: 60.0}).rows}["soft"].over_seeds
     assert (spread.seeds, spread.compared, spread.difference_sd) == (2, 0, None)
+
+
+def test_seeds_are_read_over_the_personas_of_the_table() -> None:
+    """Seed 1 answered for a persona more, which does not count; seed 2 lacks some, and is left out with a note."""
+    runs, clusters = make_world()
+    more = pa.concat_tables(
+        [at_seed(60), pa.table({**at_seed(0, 1).to_pydict(), "persona": ["a_stranger"] * 3, "similarity": [0.0] * 3})]
+    )
+    by_seed = {1: more, 2: at_seed(70, 20)}
+    runs = [dataclasses.replace(run, by_seed=by_seed if run.name == "soft" else {}) for run in runs]
+    comparison = compare(runs, clusters=clusters, resamples=100)
+    row = comparison.rows[comparison.row("soft")]
+    assert row.over_seeds.seeds == 2
+    assert row.over_seeds.similarity_sd == pytest.approx(np.std([row.similarity, 60], ddof=1))
+    assert any("soft: seed 2 is left out, since it lacks answers of 4 personas" in note for note in comparison.notes)

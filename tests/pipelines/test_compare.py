@@ -148,16 +148,44 @@ def test_what_was_tuned_and_other_seeds_are_read(project: Project) -> None:
     root = Path(project.workspace) / "runs"
     tuned = {"chosen": {"factor": 1.4, "own_weight": 0.25}, "tried": [{"factor": 1.4, "similarity": 60.0}]}
     write(root / "hybrid" / "tuning" / "tuning.json", tuned)
-    for seed, similarity in ((1, 0.61), (2, 0.64)):
-        write(
-            root / "_seeds" / str(seed) / "hybrid" / "evaluation" / "summary.json", {"mean": {"similarity": similarity}}
-        )
-    write(root / "_seeds" / "3" / "hybrid" / "evaluation" / "summary.json", {"mean": {"similarity": None}})
-    scores = read_scores(project, "hybrid")
-    assert scores.tuned == tuned
-    assert scores.by_seed == {1: pytest.approx(61), 2: pytest.approx(64)}
-    assert read_scores(project, "own").by_seed == {}
+    assert read_scores(project, "hybrid").tuned == tuned
     assert read_scores(project, "own").tuned is None
+
+
+def at_seed(project: Project, seed: int, similarity: float, **changed) -> None:
+    """The row `own` as another seed made it; changed: settings of its trainings, or its recipe's scale."""
+    place = Path(project.workspace) / "runs" / "_seeds" / str(seed)
+    write_scores(place / "own" / "evaluation", similarity)
+    recipe = storage.read_json(str(Path(project.workspace) / "runs" / "own" / "recipe.json"))
+    write(place / "own" / "recipe.json", {**recipe, "scale": changed.pop("scale", 1.0)})
+    for number, persona in enumerate(PERSONAS):
+        trained(place / "_trained" / "adapters" / persona, "persona", 10 * (number + 1), **changed)
+
+
+def test_other_seeds_of_the_same_recipe_and_training_are_read(project: Project) -> None:
+    at_seed(project, 1, 0.61)
+    at_seed(project, 2, 0.64, scale=2.0)
+    at_seed(project, 3, 0.65, epochs=9)
+    scores = read_scores(project, "own")
+    assert set(scores.by_seed) == {1}
+    assert scores.by_seed[1].column("similarity").to_pylist() == [0.61] * 3
+    assert any("seed 2 is left out: its recipe was another one then (scale)" in note for note in scores.notes)
+    assert any("seed 3 is left out: p0 was trained with other settings then (epochs)" in n for n in scores.notes)
+    assert read_scores(project, "unified").by_seed == {}
+
+
+def test_a_choice_costs_the_training_of_all_it_chose_from(project: Project) -> None:
+    root = Path(project.workspace)
+    one = dict.fromkeys(PERSONAS, ("unified", "unified"))
+    among = {"own": "own", "unified": "unified", "base": "base"}
+    recipe = {"strategy": "selective", "strategy_parameters": {"among": among}}
+    write_run(root, "selective", recipe, {p: ["unified"] for p in PERSONAS}, one)
+    costs = read_scores(project, "selective").costs
+    assert (costs.steps, costs.train_s) == (160, 100)
+    recipe["strategy_parameters"] = {"among": {**among, "hybrid_2": "hybrid"}}
+    write_run(root, "selective", recipe, {p: ["unified"] for p in PERSONAS}, one)
+    costs = read_scores(project, "selective").costs
+    assert (costs.steps, costs.train_s, costs.seconds) == (None, None, None)
 
 
 def test_curves_are_of_every_training_that_was_read_once(project: Project) -> None:

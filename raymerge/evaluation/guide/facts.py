@@ -151,13 +151,3 @@ def scaled(factor: float, seconds: float | None) -> float | None:
 def _median(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return float(np.median(known)) if known else None
-
-
-def _strategy(row: Row) -> str | None:
-    return row.recipe.get("strategy")
-
-
-def same_but(row: Row, other: Row, key: str) -> bool:
-    """Whether two rows are of the same recipe but for one key."""
-    keys = sorted({*row.recipe, *other.recipe} - {"name", key})
-    return all(row.recipe.get(k) == other.recipe.get(k) for k in keys)

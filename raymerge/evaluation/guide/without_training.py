@@ -6,9 +6,9 @@ Each function looks at the facts and makes its step, or none where it would gain
 from collections.abc import Mapping
 from typing import Any
 
-from raymerge.evaluation.guide.facts import Facts, Step, plus, same_but
+from raymerge.evaluation.guide.facts import Facts, Step, plus
 from raymerge.evaluation.rows import Row
-from raymerge.evaluation.scores import NEIGHBOURS, examples_in_prompt
+from raymerge.evaluation.scores import NEIGHBOURS, examples_in_prompt, same_but
 from raymerge.evaluation.wording import signed
 
 USUAL_K = 5
@@ -48,7 +48,7 @@ def tune_scale(facts: Facts) -> Step | None:
     best = facts.rows[facts.merge]
     if best.tuned is not None:
         return _widen(facts, best)
-    if any(row.tuned is not None and same_but(row, best, "scale") for row in facts.rows):
+    if any(row.tuned is not None and same_but(row.recipe, best.recipe, "scale") for row in facts.rows):
         return None
     gain, because = _gain_of_tuning(facts, best)
     if gain is not None and gain[1] <= 0:
@@ -83,7 +83,10 @@ def _widen(facts: Facts, best: Row) -> Step | None:
 
 def _gain_of_tuning(facts: Facts, best: Row) -> tuple[tuple[float, float] | None, str]:
     for row in facts.rows:
-        twin = next((r for r in facts.rows if r.tuned is None and r is not row and same_but(row, r, "scale")), None)
+        twin = next(
+            (r for r in facts.rows if r.tuned is None and r is not row and same_but(row.recipe, r.recipe, "scale")),
+            None,
+        )
         if row.tuned is not None and twin is not None:
             here, there = facts.named(row.name), facts.named(twin.name)
             assert here is not None
@@ -103,7 +106,11 @@ def retrieve(facts: Facts) -> Step | None:
     if start is None:
         return None
     rows, best = facts.rows, facts.rows[start]
-    mine = [i for i, row in enumerate(rows) if examples_in_prompt(row.recipe) and same_but(row, best, "retrieval")]
+    mine = [
+        i
+        for i, row in enumerate(rows)
+        if examples_in_prompt(row.recipe) and same_but(row.recipe, best.recipe, "retrieval")
+    ]
     if mine:
         return _more_retrieval(facts, mine[0], start)
     helped = [
@@ -113,7 +120,7 @@ def retrieve(facts: Facts) -> Step | None:
         if examples_in_prompt(row.recipe)
         and not examples_in_prompt(other.recipe)
         and row.kind != "control"
-        and same_but(row, other, "retrieval")
+        and same_but(row.recipe, other.recipe, "retrieval")
     ]
     examples, gain, because = USUAL_EXAMPLES, None, ""
     if helped:

@@ -1,5 +1,6 @@
 """What a run is said to take, against what torch counts and what a real run writes."""
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -17,6 +18,8 @@ from raymerge.adapters.peft import encode_adapter
 from raymerge.models.answers import encode_rows
 from raymerge.models.base import load_base
 from raymerge.models.generation import GenerationSettings, generate, score_references
+from raymerge.models.prefix import Prefix, encode_prefix
+from raymerge.models.prefix_training import first_prefix
 from raymerge.models.training import TrainingGroup, TrainingSettings, train
 from raymerge.pipelines.check import checked
 from raymerge.pipelines.checking import operations
@@ -161,3 +164,59 @@ def test_work_is_done_no_sooner_than_its_largest_item():
 def test_four_times_the_people_show_half_the_difference(people, spread):
     assert detectable(spread, 4 * people) <= 0.5 * detectable(spread, people) * 1.001
     assert detectable(2 * spread, people) == pytest.approx(2 * detectable(spread, people))
+
+
+# Trials, and what recipes train for themselves
+
+
+def with_recipes(project, **keys):
+    told = yaml.safe_load(Path(project).read_text())
+    Path(project).write_text(yaml.safe_dump(told | keys))
+
+
+def step_of(project, name):
+    return next(step for step in checked(project).estimate.steps if step.name == name)
+
+
+def test_bytes_of_a_prefix_are_those_of_its_files(base):
+    config, prefix = first_prefix(base, 16, 0)
+    files = sum(len(data) for data in encode_prefix(Prefix("a", prefix), config).values())
+    said = operations.prefix_bytes(operations.layers_of(base), 16)
+    assert said == pytest.approx(files + 1_000, rel=0.1)  # with a manifest
+
+
+def test_a_prefix_with_epochs_of_its_own_is_counted_and_what_is_there_is_not(project):
+    with_recipes(project, recipes={"p": {"strategy": "prefix", "tokens": 16, "epochs": [1, 3]}})
+    folder = Path(project).parent
+    before = step_of(project, "train p")
+    assert run(project, local=True) == 0
+    tried = [Path(found) for found in folder.rglob("tries/p-*/adapters")]
+    assert len(tried) == 2
+    assert before.makes == 6
+    assert before.nbytes == pytest.approx(folder_bytes(folder / "runs" / "p" / "trained", *tried), rel=0.1)
+    after = step_of(project, "train p")
+    assert (after.makes, after.there, after.items, after.operations, after.nbytes) == (0, 6, 0, 0, 0)
+    shutil.rmtree(folder / "runs" / "p" / "trained" / "p0")
+    one = step_of(project, "train p")
+    assert (one.makes, one.there) == (1, 5)
+    assert one.operations == pytest.approx(before.operations * 3 / (6 * 3 + 6 * (1 + 3)))  # no trial again
+
+
+@pytest.mark.parametrize(("grouping", "passes"), [("persona", 30 * 4 + 24 * (2 + 4)), ("unified", 2 + 4)])
+def test_trials_are_counted_for_the_sample_alone(project, grouping, passes):
+    folder = Path(project).parent
+    shutil.rmtree(folder / "adapters")
+    lines = [{"persona": f"n{i:02d}", "prompt": f"w{j}?", "response": f"w{j + 1}.", "split": split}
+             for i in range(30) for j, split in enumerate(["train", "train", "validation", "test"])]  # fmt: skip
+    (folder / "personas.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "clusters.json").unlink()
+    name = {"persona": "own"}.get(grouping, grouping)
+    keys = {"clusters": {"count": 2}, "recipes": {name: {"strategy": name}}}
+    training = {"rank": 2, "batch_size": 2}
+    with_recipes(project, **keys, training={**training, "epochs": 1})
+    once = step_of(project, f"train {grouping}")
+    with_recipes(project, training={**training, "epochs": [2, 4]})
+    several = step_of(project, f"train {grouping}")
+    adapters, tried = (30, 24) if grouping == "persona" else (1, 1)
+    assert several.operations == pytest.approx(once.operations / adapters * passes)
+    assert several.nbytes == pytest.approx(once.nbytes / adapters * (adapters + 2 * tried), rel=0.1)  # losses too

@@ -21,6 +21,7 @@ from raymerge.models.training.beginning import targets
 
 ENCODER_WEIGHTS = 10.6e6  # of all-MiniLM-L6-v2 without its embedding, which scores and embeds unless another is named
 _HEADER, _CONFIG, _MANIFEST = 240, 1_400, 1_300  # bytes of a module's entry in the file, and of the two files beside it
+_BESIDE_PREFIX = 1_580  # bytes of a prefix's header, configuration and manifest
 _LOSS = 15  # bytes of one step's loss in the manifest
 FLOAT32 = 4
 
@@ -32,12 +33,13 @@ Weights = NDArray[np.float64]
 class Layers:
     """The parts of a base model that cost. linear: shapes (out, in) by path, the output head left out. targets: of
     those that get factors. head: weights of the output head. width: of attention, all heads together, summed over the
-    layers that have it."""
+    layers that have it. cache: numbers that a token's keys and values take, in all layers."""
 
     linear: Mapping[str, tuple[int, int]]
     targets: Mapping[str, tuple[int, int]]
     head: int
     width: int
+    cache: int
 
     @property
     def weights(self) -> int:
@@ -55,7 +57,8 @@ def layers_of(base: BaseModel, target_modules: str | tuple[str, ...] = "all-line
     count = int(getattr(config, "num_hidden_layers", 0) or 0)
     weights = 0 if head is None else int(head.weight.numel())
     adapted = {path: shape_of(module) for path, module in targets(base, target_modules).items()}
-    return Layers(linear, adapted, weights, count * heads * int(size))
+    with_keys = int(getattr(config, "num_key_value_heads", None) or heads)
+    return Layers(linear, adapted, weights, count * heads * int(size), 2 * count * with_keys * int(size))
 
 
 def factors(shapes: Mapping[str, tuple[int, int]], rank: int) -> int:
@@ -66,6 +69,11 @@ def factors(shapes: Mapping[str, tuple[int, int]], rank: int) -> int:
 def adapter_bytes(shapes: Mapping[str, tuple[int, int]], rank: int, steps: int = 0) -> int:
     """Bytes of a written adapter in float32, with its configuration and its manifest. steps: whose losses it states."""
     return factors(shapes, rank) * FLOAT32 + len(shapes) * _HEADER + _CONFIG + _MANIFEST + steps * _LOSS
+
+
+def prefix_bytes(layers: Layers, tokens: int, steps: int = 0) -> int:
+    """Bytes of a written prefix in float32, which is its tokens' keys and values, with what lies beside it."""
+    return layers.cache * tokens * FLOAT32 + _BESIDE_PREFIX + steps * _LOSS
 
 
 @dataclass(frozen=True)

@@ -9,21 +9,19 @@ import numpy as np
 import pyarrow as pa
 
 from raymerge import storage
-from raymerge.config import Grouping, Training
 from raymerge.evaluation.scores import kind_of
 from raymerge.manifest import read_manifest
 from raymerge.personas import Split
 from raymerge.pipelines import tuning
 from raymerge.pipelines.checking import operations
-from raymerge.pipelines.checking.adapters import is_there
-from raymerge.pipelines.checking.estimate import ITEM_S, Step, measured_items, measured_training
+from raymerge.pipelines.checking.estimate import ITEM_S, Step, measured_items
 from raymerge.pipelines.checking.known import Known
-from raymerge.pipelines.checking.merges import contributors, joined, merge_step
-from raymerge.pipelines.checking.operations import Rows, padded, rows_of
+from raymerge.pipelines.checking.merges import joined, merge_step
+from raymerge.pipelines.checking.operations import padded, rows_of
+from raymerge.pipelines.checking.trainings import own_training_step, training_step
 from raymerge.pipelines.placing import needs_embeddings
-from raymerge.pipelines.planning import PERSONAS_PER_EMBEDDING, embedding_source
+from raymerge.pipelines.planning import PERSONAS_PER_EMBEDDING, TRAINS_ITS_OWN, embedding_source
 from raymerge.pipelines.trainings import all_groupings
-from raymerge.pipelines.trials import ADAPTERS_TRIED
 from raymerge.recipes import Recipe
 
 SAMPLE = 2_000  # rows that are encoded to see how many bytes texts take
@@ -35,93 +33,13 @@ COMPARE_S, COMPARE_BYTES = 10.0, 1_500_000  # the table, five plots, one page
 
 def steps_of_run(known: Known) -> tuple[Step, ...]:
     """The steps of `raymerge run`, in their order; those with nothing to do are there too."""
-    trainings = [_training(known, grouping) for grouping in all_groupings(known.opened)]
+    trainings = [training_step(known, grouping) for grouping in all_groupings(known.opened)]
     recipes = list(known.opened.recipes.values())
-    own = [_own_training(known, r) for r in recipes if r.strategy in ("neighbours_trained", "prefix")]
+    own = [own_training_step(known, recipe) for recipe in recipes if recipe.strategy in TRAINS_ITS_OWN]
     merges = [merge_step(known, recipe) for recipe in recipes]
     embedding = [_embedding(known)] if any(needs_embeddings(known.opened.project, r) for r in recipes) else []
     compare = Step("compare", "driver", 1, 1, 0, 0.0, COMPARE_BYTES, 1.0, fixed_s=COMPARE_S)
     return (*embedding, *trainings, *own, joined(merges), _evaluating(known, recipes), compare)
-
-
-def _training(known: Known, grouping: Grouping) -> Step:
-    """One grouping: the adapters that are missing of it."""
-    project = known.opened.project
-    settings = project.training.of(grouping)
-    members = _members(known, grouping)
-    missing = [name for name in members if not is_there(project.adapter_location(name))]
-    work = {name: _work(known, settings, grouping, members[name]) for name in members}
-    to_do = sum(work[name] for name in missing) * _epochs(settings, len(missing))
-    once = max(settings.choices)
-    items = math.ceil(len(missing) / settings.adapters_per_item) if grouping == "persona" else len(missing)
-    total = sum(work[name] for name in missing) or 1.0
-    largest = 1 / items if grouping == "persona" and items else max((work[n] for n in missing), default=0.0) / total
-    shapes = known.layers.targets
-    steps = [once * math.ceil(sum(known.training_rows[p] for p in members[n]) / _batch(settings)) for n in missing]
-    nbytes = sum(operations.adapter_bytes(shapes, settings.rank, count) for count in steps)
-    done = {name: work[name] * once for name in members}
-    measured = measured_training(known.timings, done, to_do)
-    return Step(
-        f"train {grouping}", "model", len(missing), items, len(members) - len(missing), to_do, nbytes, largest,
-        fixed_s=ITEM_S * items, measured_s=measured,
-    )  # fmt: skip
-
-
-def _batch(settings: Training) -> int:
-    assert not isinstance(settings.batch_size, dict)  # of one grouping
-    return settings.batch_size
-
-
-def _epochs(settings: Training, adapters: int) -> float:
-    """Passes over the rows: the most that may be chosen, and the trials on a part of the adapters."""
-    tried = sum(settings.choices) if len(settings.choices) > 1 else 0
-    return max(settings.choices) + tried * min(1.0, ADAPTERS_TRIED / max(adapters, 1))
-
-
-def _members(known: Known, grouping: Grouping) -> dict[str, tuple[str, ...]]:
-    """Adapter -> personas whose rows it is trained on. Unknown clusters are taken to be of equal size."""
-    trained = tuple(known.training_rows)
-    if grouping == "persona":
-        return {name: (name,) for name in trained}
-    if grouping == "unified":
-        return {"unified": trained} if trained else {}
-    found: dict[str, list[str]] = {}
-    for number, name in enumerate(trained):
-        label = known.clusters.get(name) or f"cluster_{number % known.cluster_count:02d}"
-        found.setdefault(label, []).append(name)
-    return {label: tuple(names) for label, names in sorted(found.items())}
-
-
-def _work(known: Known, settings: Training, grouping: Grouping, personas: Sequence[str]) -> float:
-    """Operations of one pass over the rows of some personas, by the mean row of this grouping."""
-    rows = known.training_rows
-    return _per_row(known, settings, grouping) * sum(rows[name] for name in personas)
-
-
-def _per_row(known: Known, settings: Training, grouping: Grouping) -> float:
-    lengths = known.lengths.of("train")
-    owners = lengths.owner if grouping == "persona" else np.zeros_like(lengths.owner)
-    widths = padded(lengths.prompt + lengths.answer, owners, _batch(settings), together=False)
-    rows: Rows = rows_of(widths, lengths.answer, lengths.weight)
-    done = operations.training_operations(known.layers, known.adapted(settings), rows)
-    return done / max(float(lengths.weight.sum()), 1.0)
-
-
-def _own_training(known: Known, recipe: Recipe) -> Step:
-    """What a recipe trains for itself: on the rows of each persona's experts, or a prefix for each persona."""
-    grouping: Grouping = "persona" if recipe.strategy == "prefix" else "cluster"
-    settings = known.opened.project.training.of(grouping)
-    each = 1 if recipe.strategy == "prefix" else contributors(known, recipe).each
-    makes = len(known.personas.names) if recipe.strategy == "prefix" else contributors(known, recipe).merges
-    rows = sum(known.training_rows.values()) / max(len(known.training_rows), 1) * each * makes
-    epochs = _epochs(settings, makes)
-    shapes = known.layers.targets
-    steps = max(settings.choices) * math.ceil(rows / max(makes, 1) / _batch(settings))
-    items = math.ceil(makes / settings.adapters_per_item)
-    return Step(
-        f"train {recipe.name}", "model", makes, items, 0, _per_row(known, settings, grouping) * rows * epochs,
-        makes * operations.adapter_bytes(shapes, settings.rank, steps), 1 / max(items, 1), fixed_s=ITEM_S * items,
-    )  # fmt: skip
 
 
 def _embedding(known: Known) -> Step:

@@ -87,10 +87,13 @@ def _scatter(axes: Axes, comparison: Comparison, row: Row) -> None:
 
 
 def box_rows(comparison: Comparison) -> list[Row]:
-    """The rows whose clusters are drawn: the best five of recipes and references, and the best control."""
+    """The rows whose clusters are drawn: the verdict's own recipe, others up to five without controls and
+    ceilings, and the best control."""
     others = [row for row in comparison.rows if row.name != comparison.reference and row.kind != "ceiling"]
     controls = [row for row in others if row.kind == "control"][:1]
-    return [row for row in others if row.kind != "control"][:5] + controls
+    best = [row for row in others if row.kind != "control"]
+    own = [row for row in best[5:] if row.name == comparison.verdict.row]
+    return best[: 5 - len(own)] + own + controls
 
 
 def box_figure(comparison: Comparison, rows: Sequence[Row], columns: int = 3) -> Figure:

@@ -1,6 +1,6 @@
-"""The comparison in a terminal of 80 columns."""
+"""The comparison in a terminal of 80 columns or more."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from rich.console import Group, RenderableType
@@ -20,22 +20,23 @@ STYLES = {
 }  # fmt: skip
 OUTCOMES = {"met": "bold green", "not met": "bold red", "cannot be told": "bold"}
 NOTES_SHOWN = 12
-WIDTH = 80
+WIDTH = 80  # the least that is laid out for
 NAME = 18  # characters of a row's name
 STAYS = 10  # the importance of a column that is never left out
 
 
-def terminal_table(comparison: Comparison) -> RenderableType:
+def terminal_table(comparison: Comparison, width: int = WIDTH) -> RenderableType:
     """What `raymerge compare` prints: criteria, smallest detectable difference, table, what to run next, verdict,
-    warnings. Fits 80 columns."""
+    warnings. Fits `width` columns, and 80 where there are fewer."""
     answered = f"{len(comparison.personas):,} personas, {comparison.examples:,} answers a row"
     if comparison.smallest_detectable is None:
         first = Text(answered + ".")
     else:
         points = Text(f"{comparison.smallest_detectable:.1f} points", style="bold")
         first = Text.assemble("Smallest difference this data can show: ", points, f" ({answered}).")
-    parts: list[RenderableType] = [_criteria(comparison), Text(), first, Text(), _table(comparison)]
-    parts += [_legend(comparison), Text(), *_guide(comparison), Text()]
+    columns = _fitting(_columns(comparison), comparison.rows, max(map(len, _names(comparison))), max(WIDTH, width))
+    parts: list[RenderableType] = [_criteria(comparison), Text(), first, Text(), _table(comparison, columns)]
+    parts += [_legend(comparison, {column.header for column in columns}), Text(), *_guide(comparison), Text()]
     parts.append(Text(printable(comparison.verdict.headline), style="bold"))
     parts += [Padding(Text(printable(detail), style="dim"), (0, 0, 0, 2)) for detail in comparison.verdict.details]
     parts += [Text(f"warning: {printable(warning)}", style="yellow") for warning in comparison.warnings]
@@ -89,41 +90,44 @@ def _columns(comparison: Comparison) -> list[Column]:
     if comparison.reference:
         columns += [
             Column(f"over {short(comparison.reference, 12)}", _difference),
-            Column("p", lambda row: Text(p_value(row.difference.p_holm) if row.difference else ""), 5),
+            Column("p", lambda row: Text(p_value(row.difference.p_holm) if row.difference else ""), 6),
             Column("better", lambda row: Text(_improved(row)), 9),
-            Column("worse", lambda row: Text(f"{row.difference.regressed.observed:.0f}" if row.difference else ""), 8),
+            Column("worse", lambda row: Text(f"{row.difference.regressed.observed:.0f}" if row.difference else ""), 9),
         ]
     if any(row.over_seeds for row in comparison.rows):
-        columns.append(Column("seeds", _seeds, 7))
+        columns.append(Column("seeds", _seeds, 8))
     columns += [
-        Column("models", lambda row: Text("" if row.costs.adapters is None else f"{row.costs.adapters:,}"), 6),
-        Column("memory", lambda row: Text("" if row.costs.bytes is None else _memory(row.costs.bytes)), 4),
+        Column("models", lambda row: Text("" if row.costs.adapters is None else f"{row.costs.adapters:,}"), 7),
+        Column("memory", lambda row: Text("" if row.costs.bytes is None else _memory(row.costs.bytes)), 5),
+        Column("tenth", lambda row: Text(number(row.worst_decile)), 3),
         Column("chrF", lambda row: Text(number(row.chrf)), 2),
         Column("nll", lambda row: Text(number(row.nll, 2)), 1),
     ]
     if any(row.exact for row in comparison.rows):
-        columns.append(Column("exact", lambda row: Text(number(row.exact)), 3))
+        columns.append(Column("exact", lambda row: Text(number(row.exact)), 4))
     return columns
 
 
-def _table(comparison: Comparison) -> Table:
-    names = [Text(f"{KIND_SIGNS[row.kind]} {short(row.name, NAME)}", style=STYLES[row.kind]) for row in comparison.rows]
-    columns = _fitting(_columns(comparison), comparison.rows, max(len(name) for name in names))
+def _names(comparison: Comparison) -> list[Text]:
+    return [Text(f"{KIND_SIGNS[row.kind]} {short(row.name, NAME)}", style=STYLES[row.kind]) for row in comparison.rows]
+
+
+def _table(comparison: Comparison, columns: Sequence[Column]) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
     table.add_column("row", no_wrap=True)
     for column in columns:
         table.add_column(column.header, justify="right", no_wrap=True)
-    for name, row in zip(names, comparison.rows, strict=True):
+    for name, row in zip(_names(comparison), comparison.rows, strict=True):
         table.add_row(name, *(column.cell(row) for column in columns))
     return table
 
 
-def _fitting(columns: Sequence[Column], rows: Sequence[Row], taken: int) -> list[Column]:
+def _fitting(columns: Sequence[Column], rows: Sequence[Row], taken: int, width: int) -> list[Column]:
     """The columns that fit beside names of `taken` characters, in their order, the most important ones first served."""
     widths = [max(len(column.header), *(len(column.cell(row)) for row in rows)) + 1 for column in columns]
     kept: list[int] = []
     for i in sorted(range(len(columns)), key=lambda i: -columns[i].importance):
-        if taken + widths[i] <= WIDTH or not columns[i].may_go:
+        if taken + widths[i] <= width or not columns[i].may_go:
             kept.append(i)
             taken += widths[i]
     return [columns[i] for i in sorted(kept)]
@@ -152,14 +156,20 @@ def _memory(count: int) -> str:
     return "0" if count == 0 else size(count)
 
 
-def _legend(comparison: Comparison) -> Text:
+def _legend(comparison: Comparison, shown: Collection[str]) -> Text:
+    """The signs, and the columns that are shown."""
     kinds = list(dict.fromkeys(row.kind for row in comparison.rows))
     signs = "  ".join(f"{KIND_SIGNS[kind]} {kind}" for kind in kinds)
     seeds = max((row.over_seeds.seeds for row in comparison.rows if row.over_seeds), default=0)
-    beside = f" seeds: ± sd over {seeds} training seeds." if seeds else ""
-    return Text(
-        f"{signs}\nsimil.: similarity x 100. [95 % interval]. p: sign-flip, Holm over the recipes.\n"
-        "better: share of personas; worse: personas that fall by more than 10 points.\n"
-        f"models, memory: adapters to serve.{beside}",
-        style="dim",
-    )
+    served = ", ".join(name for name in ("models", "memory") if name in shown)
+    said = {
+        "simil.": "simil.: similarity x 100. [95 % interval].",
+        "p": "p: sign-flip, Holm over the recipes.",
+        "better": "better: share of personas.",
+        "worse": "worse: personas that fall by more than 10 points.",
+        "seeds": f"seeds: ± sd over {seeds} training seeds.",
+        "models": f"{served}: adapters to serve.",
+        "tenth": "tenth: simil. of the worst tenth of personas.",
+        "nll": "nll: nats per token of the reference.",
+    }
+    return Text(f"{signs}\n" + " ".join(words for name, words in said.items() if name in shown), style="dim")

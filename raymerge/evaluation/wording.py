@@ -18,8 +18,11 @@ UNKNOWN = "–"
 
 
 def number(value: float | None, digits: int = 1) -> str:
-    """A figure with a fixed number of digits, a dash where it is unknown."""
-    return UNKNOWN if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+    """A figure with a fixed number of digits, a true minus, a dash where it is unknown."""
+    if value is None or not math.isfinite(value):
+        return UNKNOWN
+    text = f"{value:.{digits}f}"
+    return text.removeprefix("-") if float(text) == 0 else text.replace("-", "−")
 
 
 def signed(value: float | None, digits: int = 1) -> str:

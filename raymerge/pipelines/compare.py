@@ -84,7 +84,7 @@ def show(compared: Compared) -> None:
     from raymerge.evaluation.terminal import terminal_table
 
     console = Console()
-    console.print(terminal_table(compared.comparison))
+    console.print(terminal_table(compared.comparison, console.width))
     console.print(f"Report: {compared.page}", soft_wrap=True, highlight=False)
 
 

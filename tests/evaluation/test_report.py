@@ -13,9 +13,10 @@ from rich.console import Console
 
 from raymerge.evaluation.comparison import Comparison, compare
 from raymerge.evaluation.curves import curve_of, thin_losses
+from raymerge.evaluation.plots import box_rows
 from raymerge.evaluation.report import encode_comparison, render_report, terminal_table
 from raymerge.evaluation.scores import Costs
-from raymerge.evaluation.wording import describe, duration, p_value, scale, signed, size
+from raymerge.evaluation.wording import describe, duration, number, p_value, scale, signed, size
 
 from .conftest import SOFT, at_seed, make_world, recipe, run
 
@@ -237,6 +238,31 @@ def test_columns_that_do_not_fit_are_left_out_the_least_important_first() -> Non
     assert max(len(line) for line in few.splitlines()) <= 80
 
 
+def test_a_wider_terminal_shows_more_and_the_legend_explains_what_is_shown(comparison: Comparison) -> None:
+    console = Console(width=150, file=io.StringIO(), color_system=None)
+    console.print(terminal_table(comparison, console.width))
+    wide, narrow = console.file.getvalue(), printed(comparison)
+    heads = [next(line for line in text.splitlines() if line.startswith("row ")) for text in (wide, narrow)]
+    assert heads[0].split()[-6:] == ["models", "memory", "tenth", "chrF", "nll", "exact"]
+    assert "tenth" not in heads[1]
+    assert "tenth: " in wide
+    assert "tenth: " not in narrow
+    soft = next(line for line in wide.splitlines() if " soft " in line)
+    assert f"{comparison.rows[comparison.row('soft')].worst_decile:.1f}" in soft
+
+
+def test_boxes_and_marks_show_the_verdict_and_each_kind() -> None:
+    runs, clusters = make_world()
+    soft = next(r for r in runs if r.name == "soft")
+    above = [dataclasses.replace(runs[-1], name=f"trained_{i}", recipe=recipe("x", "hybrid")) for i in range(6)]
+    comparison = compare([*runs, *above], clusters=clusters, resamples=50)
+    drawn = [row.name for row in box_rows(comparison)]
+    assert comparison.verdict.row == soft.name
+    assert len(drawn) == 6
+    assert soft.name in drawn
+    assert comparison.rows[comparison.row(drawn[-1])].kind == "control"
+
+
 def test_json_begins_with_what_was_asked(comparison: Comparison) -> None:
     read = json.loads(encode_comparison(comparison))
     assert next(iter(read)) == "criteria"
@@ -275,6 +301,7 @@ def test_hostile_names_do_not_break_the_terminal() -> None:
 
 def test_wording() -> None:
     assert [signed(x) for x in (1.25, -0.04, 0.0, -3.0, None, float("nan"))] == ["+1.2", "0.0", "0.0", "−3.0", "–", "–"]
+    assert [number(x, 0) for x in (-3.2, -0.2, 4.6, None)] == ["−3", "0", "5", "–"]
     assert [duration(s) for s in (0.5, 9.96, 42, 90, 3600, None)] == ["0.5 s", "10.0 s", "42 s", "1.5 min", "1 h", "–"]
     assert [size(b) for b in (0, 900, 2048, 1 << 30)] == ["0 bytes", "900 bytes", "2.0 KiB", "1.0 GiB"]
     assert [p_value(p) for p in (0.0001, 0.0312, 1.0, None)] == ["<.001", ".031", "1.000", "–"]

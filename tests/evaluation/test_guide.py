@@ -133,6 +133,18 @@ def test_retrieval_that_helped_unified_is_asked_for_with_the_best_merge() -> Non
     assert step(guided(*references(), soft(0.6), control(0.4), hurt), "Put similar") is None
 
 
+def test_rows_that_examples_in_the_prompt_harm_are_named() -> None:
+    def harmed(level: float) -> list[str]:
+        rag = row("rag_unified", level, 6, made_by={**recipe("rag_unified", "unified"), "retrieval": RETRIEVAL})
+        return [note for note in guided(*references(unified=0.5), rag).notes if "several in one context" in note]
+
+    assert harmed(0.35) == [
+        "rag_unified: the base answers worse with examples in its prompt than without: it may never have seen several "
+        "in one context."
+    ]
+    assert harmed(0.45) == []
+
+
 def test_retrieval_that_wins_asks_for_more_of_it_and_is_not_merging() -> None:
     rag = soft(0.7, "rag_soft", seed=7, retrieval=RETRIEVAL)
     comparison = guided(*references(), soft(0.6), control(0.4), rag)

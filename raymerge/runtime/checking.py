@@ -47,6 +47,23 @@ class _Scored:
     own: dict[str, float]
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A base with own adapters, and training rows by persona. lora: None where there is no adapter. numbers: persona ->
+    place of its own adapter."""
+
+    base: BaseModel
+    lora: MultiLora | None
+    numbers: Mapping[str, int]
+    rows: Mapping[str, Sequence[Example]]
+    task: CheckTask
+
+    @property
+    def form(self) -> str:
+        """In which the project renders prompts."""
+        return str(self.task.generation["prompt_format"])
+
+
 def check_model(task: CheckTask, worker: Any) -> dict[str, Any]:
     """Losses, answers and speeds of a base and of some of the adapters trained on it. Figures and a few texts."""
     base: BaseModel = worker.base
@@ -58,13 +75,14 @@ def check_model(task: CheckTask, worker: Any) -> dict[str, Any]:
         if lora is not None:
             lora.load(list(adapters.values()))
         numbers = {name: number for number, name in enumerate(adapters)}
-        scored = _score(base, lora, numbers, rows, task.generation["prompt_format"])
+        asked = _Asked(base, lora, numbers, rows, task)
+        scored = _score(asked, rows, asked.form)
         return {
             "base": scored.base,
             "own": scored.own,
             "failed": failed,
-            "forms": _forms(base, lora, numbers, rows, task) if numbers else [],
-            "answers": _answers(base, lora, numbers, rows, task),
+            "forms": _forms(asked) if numbers else [],
+            "answers": _answers(asked),
             "speed": _speed(base, personas, task),
         }
     finally:
@@ -92,14 +110,9 @@ def _evenly(examples: Sequence[Example], most: int) -> list[Example]:
     return [examples[i] for i in places]
 
 
-def _score(
-    base: BaseModel,
-    lora: MultiLora | None,
-    numbers: Mapping[str, int],
-    rows: Mapping[str, Sequence[Example]],
-    form: str,
-) -> _Scored:
-    """Losses in one form of prompts."""
+def _score(asked: _Asked, rows: Mapping[str, Sequence[Example]], form: str) -> _Scored:
+    """Losses of some of the rows in one form of prompts."""
+    base, lora, numbers = asked.base, asked.lora, asked.numbers
     flat = [(name, e) for name, examples in rows.items() for e in examples]
     prompts = [render_prompt(e.asked, form, base.tokenizer) for _, e in flat]
     answers = [e.response for _, e in flat]
@@ -119,38 +132,26 @@ def _means(owners: Sequence[str], values: Sequence[float]) -> dict[str, float]:
     return {owner: float(np.mean(own)) for owner, own in found.items()}
 
 
-def _forms(
-    base: BaseModel,
-    lora: MultiLora | None,
-    numbers: Mapping[str, int],
-    rows: Mapping[str, Sequence[Example]],
-    task: CheckTask,
-) -> list[dict[str, Any]]:
+def _forms(asked: _Asked) -> list[dict[str, Any]]:
     """Losses of the same rows in the project's form, which comes first, and in others."""
-    written = task.generation["prompt_format"]
-    few = {name: examples[:ROWS_OF_FORMS] for name, examples in rows.items() if name in numbers}
-    has_template = getattr(base.tokenizer, "chat_template", None) is not None
-    forms = dict.fromkeys([written, *(form for form in FORMS if form != "chat" or has_template)])
+    few = {name: examples[:ROWS_OF_FORMS] for name, examples in asked.rows.items() if name in asked.numbers}
+    has_template = getattr(asked.base.tokenizer, "chat_template", None) is not None
+    forms = dict.fromkeys([asked.form, *(form for form in FORMS if form != "chat" or has_template)])
     found = []
     for form in forms:
-        scored = _score(base, lora, numbers, few, form)
+        scored = _score(asked, few, form)
         found.append({"form": form, "base": scored.base, "own": scored.own})
     return found
 
 
-def _answers(
-    base: BaseModel,
-    lora: MultiLora | None,
-    numbers: Mapping[str, int],
-    rows: Mapping[str, Sequence[Example]],
-    task: CheckTask,
-) -> list[dict[str, Any]]:
+def _answers(asked: _Asked) -> list[dict[str, Any]]:
     """What base and own adapter say to a training prompt of each of a few personas, and whether they end."""
-    few = [(name, examples[0]) for name, examples in rows.items() if examples][: task.answers]
-    prompts = [render_prompt(e.asked, task.generation["prompt_format"], base.tokenizer) for _, e in few]
+    base, numbers, task = asked.base, asked.numbers, asked.task
+    few = [(name, examples[0]) for name, examples in asked.rows.items() if examples][: task.answers]
+    prompts = [render_prompt(e.asked, asked.form, base.tokenizer) for _, e in few]
     said = _ended(base, None, prompts, None, task)
     own = [numbers.get(name, -1) for name, _ in few]
-    of_own = _ended(base, lora, prompts, own, task) if numbers else [None] * len(few)
+    of_own = _ended(base, asked.lora, prompts, own, task) if numbers else [None] * len(few)
     return [
         {"persona": name, "prompt": prompt, "reference": e.response, "base": by_base, "own": by_own}
         for (name, e), prompt, by_base, by_own in zip(few, prompts, said, of_own, strict=True)

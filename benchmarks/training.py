@@ -6,10 +6,9 @@
 
 many     persona adapters on 30 rows of the demo's world each: ours in items of 25 on as many one-threaded processes
          as there are cores; Trainer's one at a time, in as many processes or in one with all threads, and with those
-         of its settings that are quickest here. Same rows, steps, rows in a step and optimiser. Ours are trained in
-         full and timed by the clock. Of Trainer's a sample is timed, before and after ours, as many in each process;
-         all of them are taken to need the mean time of one, times their number, over the processes: no process ever
-         waits, and tokenising is free.
+         of its settings that are quickest here. Same rows, steps, rows in a step and optimiser. Ours are all timed, by
+         the clock; of Trainer's a sample, before and after ours, and extrapolated by their mean time over processes
+         that never wait; tokenising is free for it.
 unequal  adapters of 5 to 60 rows, most of them few, against our own training one at a time: of a sample, longest
          first, and extrapolated by steps over processes that never wait.
 alone    one adapter, tokens a second of one process. Before that both train on the same rows in the same order from
@@ -75,19 +74,18 @@ class Plan:
 
 
 def main() -> None:
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     arguments = _arguments()
     place = Place(arguments.device, arguments.dtype, 1)
     processes = arguments.processes if arguments.device == "cpu" else 1
     settings = TrainingSettings(rank=8, alpha=16, epochs=arguments.epochs, batch_size=6, learning_rate=4e-3)
     plan = Plan(place, processes, arguments.rounds, arguments.sample, settings)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
-    if arguments.device != "cpu":
-        machine += f", {torch.cuda.get_device_name()}"
-    machine += f", torch {torch.__version__}"
+    device = "" if arguments.device == "cpu" else f", {torch.cuda.get_device_name()}"
+    kind = f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    machine = f"{kind}{device}, torch {torch.__version__}"
     command = " ".join(["python", *sys.argv])
-    print(f"{textwrap.fill(command, WIDTH)}\n{machine}, {place.dtype}\n", flush=True)
+    print(f"{textwrap.fill(command, WIDTH)}\n{machine}, {place.dtype}\n")
     results: Found = {}
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     if "many" in arguments.parts:
         results["many"] = measure_many(plan, arguments.base, world_rows()[: arguments.adapters])
         show_many(results["many"])
@@ -122,10 +120,8 @@ def measure_many(plan: Plan, size: Size, groups: Sequence[tuple[str, Rows]]) -> 
             memory = {"ours": crew.peak(), "theirs": peft.peak()}
         floor = _floor(crew, Job(tuple(groups), plan.settings))
     mine = statistics.median(ours)
-    whole, loop = (
-        sum(seconds) / len(theirs) * len(groups) / peft.count
-        for seconds in ([d.seconds for d in theirs], [d.loop for d in theirs])
-    )
+    each = len(groups) / len(theirs) / peft.count
+    whole, loop = sum(d.seconds for d in theirs) * each, sum(d.loop for d in theirs) * each
     return floor | {
         "base": str(size), "adapters": len(groups), "steps": steps_of(len(groups[0][1]), plan.settings),
         "sample": len(sample), "rounds": plan.rounds, "item": len(items[0][0].groups),
@@ -213,7 +209,7 @@ def measure_alone(plan: Plan, size: Size, steps: int) -> Found:
                 theirs[way] += peft.each(by_peft, job, way)
         memory = {"ours": crew.peak(), "theirs": peft.peak()}
         floor = _floor(crew, job)
-    mine, tokens = statistics.median(done.seconds for done in ours), ours[0].tokens
+    mine, tokens = _medians(ours)[0], ours[0].tokens
     medians = {way: _medians(done) for way, done in theirs.items()}
     whole_way, loop_way = (min(medians, key=lambda way: medians[way][kind]) for kind in (0, 1))
     whole, loop = medians[whole_way][0], medians[loop_way][1]
@@ -255,9 +251,7 @@ def _threads(plan: Plan, count: int) -> int:
 def _require_same(losses: float, learned: float, dtype: str) -> None:
     most = 1e-4 if dtype == "float32" else 5e-2
     if losses > most:
-        sys.exit(
-            f"our losses and Trainer's are {losses:.2g} apart ({dtype}; adapters {learned:.2g}): not the same work"
-        )
+        sys.exit(f"not Trainer's work: losses {losses:.2g} apart, adapters {learned:.2g} ({dtype})")
 
 
 def _items(plan: Plan, groups: Sequence[tuple[str, Rows]]) -> list[Job]:

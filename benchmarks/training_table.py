@@ -26,7 +26,7 @@ def show_many(found: Found) -> None:
     for name, seconds in found["tried_s"].items():
         print(f"    {name:45s} {seconds * 1000:7.0f} ms for a short training, median of 3")
     print(f"  ratio {found['ratio']:.2f} (2 asked), to Trainer's loop alone {found['ratio_to_loop']:.2f}", end="")
-    print(f", in processor time {found['ratio_busy']:.2f}; padding of ours {found['padding']:.1%}")
+    print(f", in processor time {found['ratio_busy']:.2f}; our padding {found['padding']:.1%}")
     _show_floor(found, found["ours_s"])
     _show_memory(found)
 

@@ -92,7 +92,10 @@ class StackedModule:
 
 
 class FactorStack:
-    """Factors, gradients and moments of the adapters in training, over all devices of the model; no slots before `allocate`."""
+    """Factors, gradients and moments of the adapters in training, over all devices of the model.
+
+    There are no slots before `allocate`. held: those that there is memory for, which `keep` does not give back.
+    """
 
     def __init__(self, model: Any, layers: Mapping[str, nn.Module], rank: int, scaling: float) -> None:
         kinds = {path: (_device_of(layer), compute_dtype(model, layer)) for path, layer in layers.items()}
@@ -114,7 +117,7 @@ class FactorStack:
             self.modules[path] = StackedModule(
                 path, rows[kinds[path]], offsets[path], rank, inner, outer, scaling, weight, bias
             )
-        self.slots = 0
+        self.slots = self.held = 0
 
     def allocate(self, slots: int) -> None:
         """Begin anew with so many slots, all zeros; the memory of before is free first."""
@@ -122,7 +125,7 @@ class FactorStack:
             rows.allocate(0)
         for rows in self.rows:
             rows.allocate(slots)
-        self.slots = slots
+        self.slots = self.held = slots
 
     def keep(self, slots: Sequence[int]) -> None:
         """Forget all other slots. slots: ascending."""

@@ -15,6 +15,7 @@ from raymerge.models.training import Trained, TrainingGroup, TrainingSettings, t
 from tests.models.training_groups import SETTINGS, Recorder, group
 
 GROUPS = [group(f"p{i}", rows, i, validation=2) for i, rows in enumerate((5, 13, 3, 9, 9))]
+NAMES = [one.name for one in GROUPS]
 KINDS = {
     "plain": replace(SETTINGS, together=2),
     "everything": replace(
@@ -83,6 +84,27 @@ def test_checkpoints_change_nothing_and_equal_states_are_equal_bytes(
         assert_equal(train(fixed_base, GROUPS, KINDS["everything"], watch=watch), wanted)
     assert first.states == second.states
     assert len(first.states) == steps - 1  # none when nothing is left to do
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_what_is_kept_elsewhere_is_left_out_and_not_told_again(
+    fixed_base: BaseModel, undisturbed: dict[str, tuple[list[Trained], int]], kind: str
+) -> None:
+    wanted, steps = undisturbed[kind]
+    for place in range(1, steps, 4):
+        kept, held = (Stopping(wanted=frozenset([place]), keeps=keeps) for keeps in (frozenset(NAMES), frozenset()))
+        for watch in (kept, held):
+            with pytest.raises(InterruptedTrainingError):
+                train(fixed_base, GROUPS, KINDS[kind], watch=watch)
+        before = {one.adapter.name for one in kept.done}
+        floats = sum(m.A.numel() + m.B.numel() for m in wanted[0].adapter.modules.values())
+        assert (len(held.states[0]) - len(kept.states[0])) // (4 * floats) == len(before)
+        later = Recorder()
+        found = train(fixed_base, GROUPS, KINDS[kind], watch=later, state=kept.states[0])
+        assert_equal(found, [one for one in wanted if one.adapter.name not in before])
+        assert sorted(one.adapter.name for one in later.done) == sorted(set(NAMES) - before)
+        assert later.steps[-1].keys() == set(NAMES)
+        assert all(one.done for one in later.steps[-1].values())
 
 
 def test_the_rows_that_memory_allowed_are_remembered(base: BaseModel) -> None:

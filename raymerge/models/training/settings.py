@@ -26,8 +26,8 @@ class TrainingSettings:
         norm of one adapter.
     patience: an adapter stops after so many epochs without a better validation loss, and the best one is kept; None
         trains all epochs and keeps the last.
-    max_length: most tokens of a row, and never more than the model knows; None is what it knows. truncate: longer rows are cut (the start of the
-        prompt first) instead of refused.
+    max_length: most tokens of a row, and never more than the model knows; None is what it knows.
+    truncate: longer rows are cut (the start of the prompt first) instead of refused.
     shared_init: whether all adapters begin from one A. Adapters that share it merge with far less loss when
         compressed, since their deltas share a row space.
     together: adapters in training at once; None chooses by the tokens of a step.

@@ -127,10 +127,11 @@ class _Training:
             while self.slots:
                 tokens = self._step()
                 self._validate()
-                for course in self.slots:
-                    self.progress[self.groups[course.group].name] = self._progress(course)
                 self.watch.stepped(self.progress, tokens)
                 self._retire()
+                while any(self._is_due(course) for course in self.slots):  # they had to wait for it
+                    self._validate()
+                    self._retire()
                 if self.slots and self.watch.due():
                     self.watch.save(self._state())
         return [self._trained(group) for group in sorted(self.done) if self.done[group][1] is not None]
@@ -145,13 +146,13 @@ class _Training:
 
     def _halve(self) -> None:
         """Let half of the adapters in training wait, since not even a row of one fits beside the factors of all."""
-        count = len(self.slots)
-        now = f"{count // 2} in training from now on, in more turns"
+        count, half = self.stack.held, max(1, len(self.slots) // 2)
+        now = f"{half} in training from now on, in more turns"
         self.watch.said(f"memory ran out beside the factors of {count} adapters: {now}")
         self.paused = [*self._packed(), *self.paused]
         self.stack.allocate(0)
         release()
-        self._fill(count // 2)
+        self._fill(half)
         self.passes.limits = Limits(self.settings.micro_batch)
 
     def _step(self) -> int:
@@ -164,7 +165,7 @@ class _Training:
                 losses, tokens = self.passes.losses(taken, steps)
                 break
             except TooLittleMemoryError:
-                if len(self.slots) == 1:
+                if self.stack.held == 1:
                     raise
             self._halve()
         clip(self.stack.rows, self.settings.clip)
@@ -188,22 +189,34 @@ class _Training:
 
     def _validate(self) -> None:
         """The validation losses of adapters at the end of an epoch; a better one than before is kept."""
-        if self.settings.patience is None:
-            return
-        taken = {}
-        for slot, course in enumerate(self.slots):
-            if course.step % self._steps_of_epoch(course) == 0 and math.isfinite(course.losses[-1]):
+        while True:
+            taken = {}
+            for slot, course in enumerate(self.slots):
                 rows = self.validation[course.group]
-                assert rows is not None
-                taken[slot] = Taken(rows, np.arange(len(rows)))
-        if not taken:
-            return
-        for slot, loss in self.passes.validation(taken).items():
+                if rows is not None and self._is_due(course):
+                    taken[slot] = Taken(rows, np.arange(len(rows)))
+            try:
+                losses = self.passes.validation(taken) if taken else {}
+                break
+            except TooLittleMemoryError:
+                if self.stack.held == 1:
+                    raise
+            self._halve()
+        for slot, loss in losses.items():
             course = self.slots[slot]
             best = course.best_loss
             course.validation.append((course.step, loss))
             if math.isfinite(loss) and (best is None or loss < best):
                 course.best_step, course.best = course.step, self.stack.pack("factors", slot)
+        for course in self.slots:
+            self.progress[self.groups[course.group].name] = self._progress(course)
+
+    def _is_due(self, course: Course) -> bool:
+        """Whether an epoch has ended that was not validated yet."""
+        if self.settings.patience is None or not course.losses or not math.isfinite(course.losses[-1]):
+            return False
+        looked = course.validation[-1][0] if course.validation else 0
+        return course.step % self._steps_of_epoch(course) == 0 and looked < course.step
 
     def _retire(self) -> None:
         """Adapters that are done leave their slots to those that wait; a slot that nobody waits for is given up."""

@@ -22,6 +22,7 @@ from raymerge.models.generation import GenerationSettings, generate, score_refer
 from raymerge.models.layers import linear_modules
 from raymerge.models.multilora import MultiLora, check_fits
 from raymerge.models.training import TrainingGroup, TrainingSettings, train
+from raymerge.models.training.rows import row_limit
 from raymerge.personas import Example, Personas, read_personas, render_prompt
 from raymerge.runtime.experts import first_line
 from raymerge.runtime.sources import UNUSABLE
@@ -198,7 +199,8 @@ def _time_training(base: BaseModel, rows: Sequence[tuple[str, str]], task: Check
         start = time.perf_counter()
         train(base, [TrainingGroup(f"{number}", part) for number, part in enumerate(own)], settings)
         seconds = time.perf_counter() - start
-        encoded = [_lengths(base, part, settings.max_length) for part in own]
+        limit = row_limit(base.max_length, settings.max_length)
+        encoded = [_lengths(base, part, limit) for part in own]
         found = {"seconds": seconds, "batch": settings.batch_size, "rows": [pair for one in encoded for pair in one],
                  "owners": [number for number, one in enumerate(encoded) for _ in one]}  # fmt: skip
         if seconds > _LONG_ENOUGH_S:

@@ -119,6 +119,7 @@ def share_of_padding(base: BaseModel, sizes: list[int], together: int) -> float:
 
 def test_little_of_what_is_computed_is_padding(base: BaseModel) -> None:
     unequal = [int(size) for size in np.random.default_rng(1).integers(6, 50, 12)]
-    assert share_of_padding(base, [30] * 12, 6) < 0.3
+    equal = share_of_padding(base, [30] * 12, 6)
+    assert equal < 0.3
     assert share_of_padding(base, unequal, 6) < 0.35
-    assert share_of_padding(base, [6] * 6, 6) > 0.5  # one step for each: nobody can choose company of like length
+    assert share_of_padding(base, [6] * 6, 6) > equal + 0.05  # one step for each: no row can choose its company

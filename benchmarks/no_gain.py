@@ -19,6 +19,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -70,7 +71,8 @@ def show(found: Mapping[str, Any]) -> None:
     credited = verdict["control"] is not None and verdict["control"]["outcome"] == "gains"
     mark = "FALSE WIN" if is_win(verdict) else "credits" if credited else ""
     over = f"{interval_of(verdict['control']):28s} {interval_of(verdict['reference']):28s}"
-    print(f"{found['seed']:4d} {found['seconds']:6.0f} s  {over} {mark:9s} {verdict['headline']}", flush=True)
+    print(f"{found['seed']:4d} {found['seconds']:6.0f} s  {over} {mark}")
+    print(textwrap.fill(verdict["headline"], 100, initial_indent=" " * 15, subsequent_indent=" " * 15), flush=True)
 
 
 def main() -> None:

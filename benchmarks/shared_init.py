@@ -136,16 +136,15 @@ def as_json(found: list[dict[str, dict[str, Scored]]]) -> list[dict[str, Any]]:
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the table."""
-    print(f"\n{'':20s} {'shared A':>29s} {'independent A':>29s}   similarity, shared - independent")
-    print(f"{'merge of 5, rank':20s}" + 2 * f" {'error':>8s} {'rank':>8s} {'similarity':>11s}" + f"{'by seed':>36s}")
+    print(f"\n{'':18s} {'shared A':>19s} {'independent A':>19s} similarity, shared - independent")
+    print(f"{'merge of 5, rank':18s}" + 2 * f" {'error':>6s} {'rank':>5s} {'simil.':>6s}" + f"{'by seed':>31s}")
     for row in rows:
         cells = "".join(
-            f" {row[kind]['error']:8.3f} {row[kind]['mean_rank']:8.1f} {row[kind]['similarity']:11.2f}"
-            for kind in KINDS
+            f" {row[kind]['error']:6.3f} {row[kind]['mean_rank']:5.1f} {row[kind]['similarity']:6.2f}" for kind in KINDS
         )
         gain = row["difference"]
-        seeds = ", ".join(f"{value:+.2f}" for value in gain["by_seed"])
-        print(f"{row['rank']:20s}{cells}   {gain['mean']:+.2f} ({gain['low']:+.2f} to {gain['high']:+.2f})   {seeds}")
+        seeds = " ".join(f"{value:+.2f}" for value in gain["by_seed"])
+        print(f"{row['rank']:18s}{cells} {gain['mean']:+.2f} ({gain['low']:+.2f} to {gain['high']:+.2f})  {seeds}")
 
 
 def main() -> None:

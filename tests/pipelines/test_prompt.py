@@ -312,7 +312,7 @@ def test_experts_know_their_own_prompts_and_a_merge_keeps_a_share(here, llama, c
         before, after, base = (
             found["scores"][one["metric"]][r][one["expert"]] for r in (one["expert"], "mean", "base")
         )
-        assert (one["before"], one["after"], one["base"]) == (before, after, base)
+        assert (one["before"], one["after"], one["base"]) == pytest.approx((before, after, base))
         assert one["share"] == pytest.approx((after - base) / (before - base))
         assert one["certain"]
     assert [(one["expert"], one["metric"]) for one in found["kept"]] == [

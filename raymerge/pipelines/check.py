@@ -95,7 +95,7 @@ def checked(location: str, *, model: bool = False, local: bool = False) -> Check
 
 def _plan(opened: Opened) -> Section:
     """What `raymerge run` itself would refuse."""
-    from raymerge.pipelines.steps import Plan, Steps
+    from raymerge.pipelines.plan import Plan, Steps
     from raymerge.pipelines.trainings import all_groupings
 
     if not opened.recipes:

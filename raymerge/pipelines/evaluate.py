@@ -10,7 +10,8 @@ from raymerge.errors import EvaluationError, RecipeError, RoutingError, did_you_
 from raymerge.manifest import read_manifest
 from raymerge.pipelines.job import finish
 from raymerge.pipelines.opening import Opened, need_adapters, need_recipes, open_project, with_those_asked
-from raymerge.pipelines.steps import Steps, run_steps
+from raymerge.pipelines.plan import Steps
+from raymerge.pipelines.steps import run_steps
 from raymerge.recipes import Recipe
 
 

@@ -10,7 +10,8 @@ from raymerge.errors import MergeError, RecipeError
 from raymerge.pipelines.fusion.options import named_parameters, value_of
 from raymerge.pipelines.job import finish
 from raymerge.pipelines.opening import need_adapters, need_recipes, open_project
-from raymerge.pipelines.steps import Steps, describe, run_steps
+from raymerge.pipelines.plan import Steps
+from raymerge.pipelines.steps import describe, run_steps
 
 
 def merge(

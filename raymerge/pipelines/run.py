@@ -9,8 +9,9 @@ from raymerge.errors import EvaluationError
 from raymerge.pipelines.compare import compare_runs, show
 from raymerge.pipelines.job import JobResult, finish
 from raymerge.pipelines.opening import need_recipes, open_project
+from raymerge.pipelines.plan import Steps
 from raymerge.pipelines.seeds import check_seeds, with_seed
-from raymerge.pipelines.steps import Steps, run_steps
+from raymerge.pipelines.steps import run_steps
 from raymerge.pipelines.trainings import all_groupings, start_of
 
 

@@ -12,7 +12,8 @@ from raymerge.config import GROUPINGS, Training
 from raymerge.errors import ProjectError
 from raymerge.pipelines.job import finish
 from raymerge.pipelines.opening import Opened, open_project
-from raymerge.pipelines.steps import Steps, run_steps
+from raymerge.pipelines.plan import Steps
+from raymerge.pipelines.steps import run_steps
 from raymerge.pipelines.trainings import is_unified
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import transformers
 
 from raymerge import storage
 from raymerge.errors import PersonaError
@@ -68,6 +69,7 @@ def make_world(
     embeddings = None
     if embedding_model is not None:
         personas = read_personas(storage.join(folder, "personas.jsonl"))
+        transformers.utils.logging.disable_progress_bar()
         _, embeddings = persona_embeddings(personas, load_encoder(embedding_model))
     counted = {"personas": len(population.names), "clusters": len(settings.cluster_sizes), "examples": len(rows)}
     figures = {**counted, **{name: round(value, 4) for name, value in knowledge(population, embeddings).items()}}

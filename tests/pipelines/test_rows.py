@@ -16,8 +16,8 @@ from raymerge.pipelines.evaluate import evaluate
 from raymerge.pipelines.job import kinds_used
 from raymerge.pipelines.merge import merge
 from raymerge.pipelines.opening import open_project
+from raymerge.pipelines.plan import Plan, Steps
 from raymerge.pipelines.run import run
-from raymerge.pipelines.steps import Plan, Steps
 from raymerge.pipelines.train import train
 from raymerge.recipes import parse_recipes
 from raymerge.routing.strategies import STRATEGIES

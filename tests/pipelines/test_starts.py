@@ -11,8 +11,8 @@ from raymerge.adapters import load_adapter, save_adapter
 from raymerge.errors import AdapterError, ProjectError
 from raymerge.pipelines.merge import merge
 from raymerge.pipelines.opening import open_project
+from raymerge.pipelines.plan import Plan, Steps
 from raymerge.pipelines.run import run
-from raymerge.pipelines.steps import Plan, Steps
 from raymerge.pipelines.train import train
 from raymerge.pipelines.trainings import all_groupings
 from tests.pipelines.conftest import NAMES, make_adapter

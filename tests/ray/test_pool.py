@@ -194,11 +194,11 @@ def test_an_interrupt_leaves_no_worker(folder: Path):
             ended.wait(20)
 
     when_blocked(folder, interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        try:
+    try:
+        with pytest.raises(KeyboardInterrupt):
             run_on_ray([Item("blocked", "m", "block_once", "blocked")], [scribes(folder)])
-        finally:
-            ended.set()
+    finally:
+        ended.set()
     wait_for_end(pids[0])
 
 

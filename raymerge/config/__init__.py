@@ -8,124 +8,25 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from raymerge import storage
+from raymerge.config.examples import SPLIT_KINDS, PersonaSource, SplitNames, SplitShares
+from raymerge.config.section import Section
+from raymerge.config.training import GROUPINGS, Grouping, Training
 from raymerge.errors import ProjectError, unknown
 
-Grouping = Literal["persona", "cluster", "unified"]
-GROUPINGS: tuple[Grouping, ...] = ("persona", "cluster", "unified")
-Epochs = int | tuple[int, ...]
+__all__ = [
+    "DEFAULT_ENCODER", "GROUPINGS", "NOT_RUNS", "Clusters", "Embedding", "Evaluation", "Generation", "Grouping",
+    "Hardware", "PersonaSource", "Project", "Section", "SplitNames", "SplitShares", "Training", "load_project",
+    "parse_size", "run_name_fault",
+]  # fmt: skip
+
 NOT_RUNS = ("plots", "report.html", "comparison.json", "tensorboard")  # what else lies beside the runs
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
-
-
-class Section(BaseModel):
-    """A frozen part of the project file that knows all its keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class SplitNames(Section):
-    """A column that names the split. `train`, `validation`, `test`: values that mean it, beside its own name."""
-
-    column: str = "split"
-    train: tuple[str, ...] = ()
-    validation: tuple[str, ...] = ()
-    test: tuple[str, ...] = ()
-
-    @field_validator("train", "validation", "test", mode="before")
-    @classmethod
-    def _one_or_several(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _each_name_once(self) -> SplitNames:
-        names = [*self.train, *self.validation, *self.test]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"{twice[0]!r} is given for two splits")
-        return self
-
-    def meanings(self) -> dict[str, str]:
-        """What each value of the column means."""
-        splits = ("train", "validation", "test")
-        return {**{s: s for s in splits}, **{name: s for s in splits for name in getattr(self, s)}}
-
-
-class SplitShares(Section):
-    """Splits made here. `time`, `order`: of each persona's examples, sorted by `column` or as in the file, the last
-    share is test and the one before it validation. `random`: a hash of persona and prompt decides for each example.
-    """
-
-    by: Literal["time", "order", "random"]
-    column: str | None = None
-    validation: float = Field(default=0.2, ge=0, lt=1)
-    test: float = Field(default=0.2, ge=0, lt=1)
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _leaves_training_rows(self) -> SplitShares:
-        if (self.by == "time") != (self.column is not None):
-            raise ValueError("`by: time` needs `column`, when an example was said, and nothing else does")
-        if self.validation + self.test >= 1:
-            raise ValueError("validation and test take everything: their sum must be below 1, or nobody can be trained")
-        return self
-
-
-def _kind_of_split(value: Any) -> str:
-    return (
-        "SplitShares" if isinstance(value, SplitShares) or (isinstance(value, dict) and "by" in value) else "SplitNames"
-    )
-
-
-SPLIT_KINDS = ("SplitNames", "SplitShares")  # pydantic puts the kind into the place of an error
-
-
-class PersonaSource(Section):
-    """Where examples lie, and what their columns are called. docs/data.md describes it.
-
-    path: a .jsonl or .parquet file, a folder of such files, or a pattern with `*`. messages: a column of chats, in
-    place of prompt and response. skip_empty: leave examples without text out, instead of refusing them.
-    """
-
-    path: str
-    persona: str = "persona"
-    prompt: str = "prompt"
-    response: str = "response"
-    messages: str | None = None
-    split: Annotated[
-        Annotated[SplitNames, Tag("SplitNames")] | Annotated[SplitShares, Tag("SplitShares")],
-        Discriminator(_kind_of_split),
-    ] = SplitNames()
-    skip_empty: bool = False
-
-    @field_validator("split", mode="before")
-    @classmethod
-    def _column_of_splits(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return {"column": value}
-        if isinstance(value, (dict, SplitNames, SplitShares)):
-            return value
-        raise ValueError("must be a column, or a mapping with `column` or `by`")
-
-    @model_validator(mode="after")
-    def _one_form(self) -> PersonaSource:
-        if self.messages is not None and self.model_fields_set & {"prompt", "response"}:
-            raise ValueError("give `messages`, or `prompt` and `response`: a chat holds both")
-        return self
 
 
 class Clusters(Section):
@@ -157,80 +58,6 @@ class Generation(Section):
         if value != "chat" and "{prompt}" not in value:
             raise ValueError("must be `chat` or a text with {prompt} in it")
         return value
-
-
-class Training(Section):
-    """LoRA training. `epochs`, `learning_rate` and `batch_size` may differ by grouping: {persona: 12, unified: 3}.
-
-    Several epochs, [4, 8, 16], are tried on a part of the adapters, and validation examples choose.
-    """
-
-    rank: int = Field(default=8, ge=1)
-    alpha: float = Field(default=16, gt=0)
-    rslora: bool = False  # scaling alpha / sqrt(rank) instead of alpha / rank
-    dropout: float = Field(default=0.0, ge=0, lt=1)  # of what enters A
-    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    epochs: Epochs | dict[Grouping, Epochs] = 3
-    learning_rate: float | dict[Grouping, float] = 2e-4
-    batch_size: int | dict[Grouping, int] = 8  # rows of one adapter in an optimiser step
-    micro_batch: int | None = Field(default=None, ge=1)  # of these at once; None: all, fewer where memory runs out
-    gradient_checkpointing: bool = False
-    warmup: float = Field(default=0.1, ge=0, lt=1)
-    weight_decay: float = Field(default=0.0, ge=0)
-    clip: float = Field(default=1.0, gt=0)
-    patience: int | None = Field(default=None, ge=1)  # epochs without a better validation loss; the best is kept
-    max_length: int | None = Field(default=None, ge=2)  # tokens of a row; None is what the base knows
-    truncate: bool = False  # cut rows that are longer, instead of refusing them
-    seed: int = 0
-    shared_init: bool = True
-    start_from: str | None = None
-    adapters_per_item: int = Field(default=25, ge=1)
-    checkpoint_every: float = Field(default=300, ge=0)  # seconds
-    tensorboard: bool = False
-
-    @model_validator(mode="after")
-    def _every_grouping(self) -> Training:
-        for key in ("epochs", "learning_rate", "batch_size"):
-            value = getattr(self, key)
-            if isinstance(value, dict) and set(value) != set(GROUPINGS):
-                raise ValueError(f"{key}: give one number, or one for each of {', '.join(GROUPINGS)}")
-            given = value.values() if isinstance(value, dict) else [value]
-            numbers = [n for one in given for n in (one if isinstance(one, tuple) else (one,))]
-            if not numbers or not all(0 < number < float("inf") for number in numbers):
-                raise ValueError(f"{key}: must be above 0")
-        return self
-
-    @field_validator("target_modules", mode="before")
-    @classmethod
-    def _some_modules(cls, value: Any) -> Any:
-        if value != "all-linear" and (isinstance(value, str) or not value):
-            raise ValueError("give all-linear, or a list of one name or more such as [q_proj, v_proj]")
-        return value
-
-    def of(self, grouping: Grouping) -> Training:
-        """The settings of one grouping: every value a single number."""
-        single = {
-            key: value[grouping]
-            for key in ("epochs", "learning_rate", "batch_size")
-            if isinstance(value := getattr(self, key), dict)
-        }
-        return self.model_copy(update=single)
-
-    @property
-    def choices(self) -> tuple[int, ...]:
-        """The numbers of epochs of one grouping, of which there may be several to choose from."""
-        assert not isinstance(self.epochs, dict)
-        return (self.epochs,) if isinstance(self.epochs, int) else self.epochs
-
-    @property
-    def tries_epochs(self) -> bool:
-        """Whether some grouping has several numbers of epochs to choose from."""
-        given = self.epochs.values() if isinstance(self.epochs, dict) else [self.epochs]
-        return any(not isinstance(one, int) and len(one) > 1 for one in given)
-
-    def with_epochs(self, epochs: int) -> Training:
-        """The same with one number of epochs."""
-        return self.model_copy(update={"epochs": epochs})
 
 
 class Evaluation(Section):
@@ -303,7 +130,7 @@ class Project(Section):
     evaluation: Evaluation = Evaluation()
     hardware: Hardware = Hardware()
     output: str = "runs"
-    recipes: dict[str, dict[str, Any]] = {}
+    recipes: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     @field_validator("personas", mode="before")
     @classmethod

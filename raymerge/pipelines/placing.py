@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -36,11 +36,15 @@ class Placing:
 
 @dataclass(frozen=True)
 class Placed:
-    """The inputs of every routing of a job. unread: adapters that could not be embedded, since they cannot be read."""
+    """The inputs of every routing of a job. unread: adapters that could not be embedded, since they cannot be read.
+
+    routed: what was routed before, since a recipe is asked for when it is checked, tuned, carried out and chosen.
+    """
 
     opened: Opened
     inputs: RoutingInputs
     unread: frozenset[str] = frozenset()
+    routed: dict[str, tuple[RoutingTable, tuple[str, ...]]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def clusters(self) -> Mapping[str, str] | None:
@@ -52,6 +56,12 @@ class Placed:
 
         Raises RoutingError, also where nobody has a place.
         """
+        key = storage.digest_value([recipe.strategy, dict(recipe.strategy_parameters), recipe.embedding])
+        if key not in self.routed:
+            self.routed[key] = self._route(recipe)
+        return self.routed[key]
+
+    def _route(self, recipe: Recipe) -> tuple[RoutingTable, tuple[str, ...]]:
         inputs = self.inputs_of(recipe)
         nowhere = self._nowhere(recipe, inputs)
         there = [name for name in inputs.personas if name not in nowhere]

@@ -31,6 +31,9 @@ from raymerge.recipes import Recipe
 from raymerge.runtime.scheduler import Item, Outcome
 from raymerge.runtime.tasks import TrainGroup
 
+# What is queued first; evaluations come last, since they wait for the others.
+TURNS = ("try", "train", "tune", "merge")
+
 
 @dataclass(frozen=True)
 class Steps:
@@ -156,13 +159,13 @@ class Plan:
             if not recipe.tuned and recipe.strategy != "selective":
                 placed.route(recipe)
         items = self._trainings("cluster", placed.clusters)
-        of_recipes = [self._begin(recipe, placed) for recipe in recipes if recipe.strategy != "selective"]
-        selective = [self._select(recipe, placed) for recipe in recipes if recipe.strategy == "selective"]
-        parts = [*of_recipes, *selective]
-        order = ("try", "train", "tune", "merge")  # evaluations come last, since they wait for the others
-        flat = [item for part in parts for item in part]
-        ranks = {id(item): order.index(s) if (s := item.id.split("/")[0]) in order else len(order) for item in flat}
-        return items + sorted(flat, key=lambda item: ranks[id(item)])
+        begun: list[Item] = []
+        for recipe in recipes:
+            if recipe.strategy == "selective":
+                self._select(recipe, placed)
+            else:
+                begun += self._begin(recipe, placed)
+        return items + sorted(begun, key=_turn)
 
     def _wait(self, name: str, items: Collection[Item], go_on: Callable[[set[str]], list[Item]]) -> None:
         self.rooms.append(Room(name, {item.id for item in items}, go_on))
@@ -210,25 +213,20 @@ class Plan:
         self._wait(recipe.name, tries, go_on)
         return [*items, *tries]
 
-    def _select(self, recipe: Recipe, placed: Placed) -> list[Item]:
-        """Nothing yet: a selective recipe begins when those it chooses among are scored on validation examples."""
+    def _select(self, recipe: Recipe, placed: Placed) -> None:
+        """A selective recipe begins when those it chooses among are scored on validation examples."""
         scored = {f"gather/{name}/{self._validation}": name for name in recipe.strategy_parameters["among"]}
-        absent = {item for item, name in scored.items() if f"plan/{name}" in self.undecided}
 
         def go_on(failed: set[str]) -> list[Item]:
-            names = [name for item, name in scored.items() if item not in failed | absent]
-            found = selecting.options_of(
-                self.opened, recipe, [self.decided[n] for n in names], placed, self._validation
-            )
+            decided = [self.decided[name] for item, name in scored.items() if item not in failed]
+            found = selecting.options_of(self.opened, recipe, decided, placed, self._validation)
             candidates = {option.name: option.candidate for option in found}
             chosen = replace(placed, inputs=replace(placed.inputs, candidates=candidates))
             return self._carry_out(
                 recipe, chosen, merges=selecting.merges_of_options(found, in_memory=not self.steps.merge)
             )
 
-        room = Room(recipe.name, set(scored) - absent, go_on)
-        self.rooms.append(room)
-        return []
+        self.rooms.append(Room(recipe.name, set(scored), go_on))
 
     def _carry_out(
         self,
@@ -297,3 +295,8 @@ class Plan:
             or (by_cluster and project.clusters.file is None),
             clusters=by_cluster or any("clusters" in recipe.needs for recipe in recipes),
         )
+
+
+def _turn(item: Item) -> int:
+    step = item.id.partition("/")[0]
+    return TURNS.index(step) if step in TURNS else len(TURNS)

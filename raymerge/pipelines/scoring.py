@@ -17,7 +17,7 @@ from raymerge.recipes import Recipe
 from raymerge.routing.table import MergeGroup, RoutingTable
 from raymerge.runtime.bases import base_digest
 from raymerge.runtime.scheduler import Item
-from raymerge.runtime.tasks import AnswerSource, EvaluateTask, GatherTask, Retrieval
+from raymerge.runtime.tasks import AnswerSource, Asking, EvaluateTask, GatherTask, Retrieval
 
 
 @dataclass(frozen=True)
@@ -52,22 +52,22 @@ def evaluation_items(
     folder = storage.join(opened.project.run_folder(recipe.name), scoring.folder)
     step = "validate" if scoring.split == "validation" else "evaluate"
     answering = answering_of(opened, recipe, table, merges, trained, in_memory=scoring.in_memory)
-    task = evaluate_task(opened, scoring.split, retrieval_of(opened, recipe))
+    asking = asking_of(opened, scoring.split, retrieval_of(opened, recipe))
     return scoring_items(
-        opened, task, folder, answering, f"{step}/{recipe.name}", f"gather/{recipe.name}/{scoring.folder}"
+        opened, asking, folder, answering, f"{step}/{recipe.name}", f"gather/{recipe.name}/{scoring.folder}"
     )
 
 
 def scoring_items(
-    opened: Opened, whole: EvaluateTask, folder: str, answering: Mapping[str, Answering], step: str, gather: str
+    opened: Opened, asking: Asking, folder: str, answering: Mapping[str, Answering], step: str, gather: str
 ) -> list[Item]:
     """Items that answer and score in portions, and one that joins these. step, gather: how their ids begin, or are."""
-    without = set(opened.need_personas("evaluation").missing(whole.split))
+    without = set(opened.need_personas("evaluation").missing(asking.split))
     scored = [name for name in sorted(answering) if name not in without]
     items = []
     for number, part in enumerate(cut(scored, opened.project.evaluation.personas_per_item)):
         place = storage.join(folder, "parts", f"{number:04d}")
-        task = replace(whole, folder=place, sources=tuple(answering[name].source for name in part))
+        task = EvaluateTask(place, tuple(answering[name].source for name in part), **vars(asking))
         items.append(Item(f"{step}/{number:04d}", "model", "evaluate", task, after=waits_for(answering, part)))
     joined = GatherTask(folder, tuple(item.payload.folder for item in items))
     return [*items, Item(gather, "merge", "gather", joined, {i.id for i in items})]
@@ -78,12 +78,10 @@ def waits_for(answering: Mapping[str, Answering], personas: Sequence[str]) -> fr
     return frozenset().union(*(answering[name].after for name in personas))
 
 
-def evaluate_task(opened: Opened, split: Split, retrieval: Retrieval | None = None) -> EvaluateTask:
-    """What all scoring of a split has in common; folder and sources are still to be filled in."""
+def asking_of(opened: Opened, split: Split, retrieval: Retrieval | None = None, most: int | None = None) -> Asking:
+    """How the examples of a split are answered and scored, whoever answers."""
     project = opened.project
-    return EvaluateTask(
-        folder="",
-        sources=(),
+    return Asking(
         personas=opened.need_personas("evaluation").source,
         split=split,
         generation=project.generation.model_dump(mode="json"),
@@ -91,6 +89,7 @@ def evaluate_task(opened: Opened, split: Split, retrieval: Retrieval | None = No
         batch_size=project.evaluation.batch_size,
         base_digest=base_digest(opened.need_base("evaluation")),
         retrieval=retrieval,
+        most=most,
     )
 
 

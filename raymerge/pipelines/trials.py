@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 
 from raymerge import storage
 from raymerge.pipelines.opening import Opened
-from raymerge.pipelines.scoring import Answering, evaluate_task, scoring_items
+from raymerge.pipelines.scoring import Answering, asking_of, scoring_items
 from raymerge.runtime.scheduler import Item
 from raymerge.runtime.tasks import AnswerSource, TrainGroup, Trial
 
@@ -62,10 +62,10 @@ def trial_items(
             for group in tried
             for persona in spread(served(group), PERSONAS_SCORED)
         }
-        task = replace(evaluate_task(opened, "validation"), most=opened.project.evaluation.tuning_examples)
+        asking = asking_of(opened, "validation", most=opened.project.evaluation.tuning_examples)
         items += [
             training,
-            *scoring_items(opened, task, trial.evaluation, answering, f"{name}/score", f"{name}/gather"),
+            *scoring_items(opened, asking, trial.evaluation, answering, f"{name}/score", f"{name}/gather"),
         ]
     return items
 

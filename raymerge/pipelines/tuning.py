@@ -21,7 +21,7 @@ from raymerge.manifest import read_manifest
 from raymerge.pipelines.opening import Opened
 from raymerge.pipelines.placing import write_if_new
 from raymerge.pipelines.planning import cut, merges_of
-from raymerge.pipelines.scoring import Answering, answering_of, evaluate_task, retrieval_of, waits_for
+from raymerge.pipelines.scoring import Answering, answering_of, asking_of, retrieval_of, waits_for
 from raymerge.pipelines.trials import spread
 from raymerge.recipes import Recipe
 from raymerge.routing.table import RoutingTable
@@ -67,19 +67,15 @@ def tuning_items(
     without = set(opened.need_personas("tuning").missing("validation"))
     settings = opened.project.evaluation
     personas = spread([name for name in sorted(tried[0][1]) if name not in without], settings.tuning_personas)
-    whole = evaluate_task(opened, "validation", retrieval_of(opened, recipe))
+    asking = asking_of(opened, "validation", retrieval_of(opened, recipe), settings.tuning_examples)
     items = []
     for number, part in enumerate(cut(personas, settings.personas_per_item)):
         candidates = tuple(
             Candidate(json.dumps(values), tuple(found[name].source for name in part), values.get("factor", 1.0))
             for values, found in tried
         )
-        task = TuneTask(
-            folder=storage.join(folder_of(opened, recipe), f"{number:04d}"), candidates=candidates,
-            personas=whole.personas, split=whole.split, generation=whole.generation,
-            similarity_model=whole.similarity_model, batch_size=whole.batch_size, base_digest=whole.base_digest,
-            retrieval=whole.retrieval, most=settings.tuning_examples,
-        )  # fmt: skip
+        folder = storage.join(folder_of(opened, recipe), f"{number:04d}")
+        task = TuneTask(folder, candidates, **vars(asking))
         waits = frozenset().union(*(waits_for(found, part) for found in by_weight.values()))
         items.append(Item(f"tune/{recipe.name}/{number:04d}", "model", "tune", task, after=waits))
     return items

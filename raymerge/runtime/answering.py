@@ -19,7 +19,7 @@ from raymerge.models.prefix import Prefixes
 from raymerge.personas import Example, read_personas, render_prompt
 from raymerge.runtime.retrieval import Prompts, fit, nearest
 from raymerge.runtime.sources import Answerer, Resident
-from raymerge.runtime.tasks import EvaluateTask, TuneTask
+from raymerge.runtime.tasks import Asking
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Questions:
     dtype: of the base on this worker.
     """
 
-    task: EvaluateTask | TuneTask
+    task: Asking
     examples: Mapping[str, Sequence[Example]]
     known: Mapping[str, Sequence[Example]]
     dtype: str
@@ -52,7 +52,7 @@ class Questions:
         return key
 
 
-def gather_questions(task: EvaluateTask | TuneTask, personas: Iterable[str], dtype: str) -> Questions:
+def gather_questions(task: Asking, personas: Iterable[str], dtype: str) -> Questions:
     """The examples of some personas that a task looks at. Raises PersonaError for an unknown persona."""
     everybody = read_personas(task.personas)
     names = list(personas)
@@ -95,7 +95,7 @@ class Prompter:
 
 
 def answer(
-    task: EvaluateTask | TuneTask,
+    task: Asking,
     base: BaseModel,
     resident: Resident,
     answerers: Sequence[Answerer],

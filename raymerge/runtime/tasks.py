@@ -125,15 +125,14 @@ class AnswerSource:
     workspace: str = ""
 
 
-@dataclass(frozen=True)
-class EvaluateTask:
-    """Answers and scores for a part of a run's personas, written as one part of the evaluation.
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """Which examples are answered, and how answers are made and scored: all that decides them but who answers.
 
-    retrieval: what prompts begin with, None for plain ones. most: of a persona's examples only the first so many.
+    generation: `config.Generation` as a mapping. base_digest: of the base model's files. retrieval: what prompts begin
+    with, None for plain ones. most: of a persona's examples only the first so many.
     """
 
-    folder: str
-    sources: tuple[AnswerSource, ...]
     personas: PersonaSource | str
     split: Split
     generation: Mapping[str, Any]
@@ -142,6 +141,14 @@ class EvaluateTask:
     base_digest: str
     retrieval: Retrieval | None = None
     most: int | None = None
+
+
+@dataclass(frozen=True)
+class EvaluateTask(Asking):
+    """Answers and scores for a part of a run's personas, written as one part of the evaluation."""
+
+    folder: str
+    sources: tuple[AnswerSource, ...]
 
 
 @dataclass(frozen=True)
@@ -158,22 +165,14 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class TuneTask:
+class TuneTask(Asking):
     """Candidates tried side by side on a part of the personas: answers and their similarity, and no adapter is written.
 
-    The other fields are as in EvaluateTask. Candidates that differ in their factor alone share what is merged.
+    Candidates that differ in their factor alone share what is merged.
     """
 
     folder: str
     candidates: tuple[Candidate, ...]
-    personas: PersonaSource | str
-    split: Split
-    generation: Mapping[str, Any]
-    similarity_model: str
-    batch_size: int
-    base_digest: str
-    retrieval: Retrieval | None = None
-    most: int | None = None
 
 
 @dataclass(frozen=True)

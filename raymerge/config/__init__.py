@@ -15,17 +15,18 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from raymerge import storage
 from raymerge.config.examples import SPLIT_KINDS, PersonaSource, SplitNames, SplitShares
+from raymerge.config.search import Search
 from raymerge.config.section import Section
 from raymerge.config.training import GROUPINGS, Grouping, Training
 from raymerge.errors import ProjectError, unknown
 
 __all__ = [
     "DEFAULT_ENCODER", "GROUPINGS", "NOT_RUNS", "Clusters", "Embedding", "Evaluation", "Generation", "Grouping",
-    "Hardware", "PersonaSource", "Project", "Section", "SplitNames", "SplitShares", "Training", "load_project",
-    "parse_size", "run_name_fault",
+    "Hardware", "PersonaSource", "Project", "Search", "Section", "SplitNames", "SplitShares", "Training",
+    "load_project", "parse_size", "run_name_fault",
 ]  # fmt: skip
 
-NOT_RUNS = ("plots", "report.html", "comparison.json", "tensorboard")  # what else lies beside the runs
+NOT_RUNS = ("plots", "report.html", "comparison.json", "tensorboard", "search")  # what else lies beside the runs
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 
 
@@ -130,6 +131,7 @@ class Project(Section):
     evaluation: Evaluation = Evaluation()
     hardware: Hardware = Hardware()
     output: str = "runs"
+    search: Search = Search()
     recipes: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     @field_validator("personas", mode="before")
@@ -163,6 +165,10 @@ class Project(Section):
     def shared_folder(self) -> str:
         """What all runs of the output share: embeddings, clusters."""
         return storage.join(self.path(self.output), "_shared")
+
+    def search_folder(self) -> str:
+        """Where a search keeps its trials, what it scored, and what it found."""
+        return storage.join(self.path(self.output), "search")
 
     def adapter_location(self, expert: str) -> str:
         """Where the adapter of a persona, of a cluster (`cluster_03`) or the `unified` one lies."""

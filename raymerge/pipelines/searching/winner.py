@@ -1,0 +1,125 @@
+"""What becomes of the recipe that a search chose: its size at several ranks, and its test score beside the controls.
+
+The winner, the unified adapter and random experts in the winner's place are rows of the comparison like any other, each
+with its scale chosen from the same grid by the same validation examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from raymerge import storage
+from raymerge.errors import ProjectError
+from raymerge.evaluation.statistics import bootstrap_means, interval
+from raymerge.manifest import read_manifest
+from raymerge.pipelines.job import JobResult
+from raymerge.pipelines.opening import Opened
+from raymerge.pipelines.plan import Steps
+from raymerge.pipelines.steps import run_steps
+from raymerge.recipes import parse_recipes
+from raymerge.routing.strategies import CONTROLS, WITHOUT_NEIGHBOURS
+
+WINNER, RANDOM, UNIFIED = "searched", "searched_random_k", "searched_unified"
+RUNS = (WINNER, RANDOM, UNIFIED)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The winner against another row on test examples, in points of similarity: mean difference over the personas that
+    both answered, and its 95 % interval."""
+
+    name: str
+    similarity: float
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def is_beaten(self) -> bool:
+        """Whether the winner is better by more than its interval."""
+        return self.low > 0
+
+
+def check_names(opened: Opened, recipes: Mapping[str, Any]) -> None:
+    """Raise ProjectError if a recipe has the name of a run that a search makes."""
+    taken = sorted(set(RUNS) & set(recipes))
+    if taken:
+        raise ProjectError(
+            f"{opened.project.location}: the name {taken[0]} of a recipe is that of a search's own run.\nRename it."
+        )
+
+
+def rows_of(opened: Opened, winner: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """The recipes to compare on test examples, as they are written, and notes on what is left out."""
+    rows = {WINNER: dict(winner)}
+    notes = []
+    if winner["strategy"] not in (*CONTROLS, *WITHOUT_NEIGHBOURS, "named", "base", "own", "unified", "cluster_trained"):
+        rows[RANDOM] = {"strategy": "random_k", "of": WINNER, "scale": "tuned"}
+    if storage.exists(storage.join(opened.project.adapter_location("unified"), "adapter_config.json")):
+        rows[UNIFIED] = {"strategy": "unified", "scale": "tuned"}
+    else:
+        notes.append("there is no unified adapter to compare with: `raymerge train --group-by unified` trains one")
+    return rows, notes
+
+
+def score_on_test(opened: Opened, rows: Mapping[str, Mapping[str, Any]], *, local: bool) -> JobResult:
+    """Merge and evaluate the rows on test examples. Runs of an earlier search under their names are replaced."""
+    recipes = parse_recipes(rows, centred=opened.project.embedding.centred)
+    for name in RUNS:
+        _remove_other(opened.project.run_folder(name), None if name not in recipes else recipes[name].as_dict())
+    return run_steps(replace(opened, recipes=recipes), Steps(merge=True, evaluate=True), local=local, title="search")
+
+
+def _remove_other(folder: str, recipe: Mapping[str, Any] | None) -> None:
+    location = storage.join(folder, "recipe.json")
+    if storage.exists(location) and storage.read_json(location) != recipe:
+        storage.remove(folder)
+
+
+def beside(opened: Opened, names: Sequence[str]) -> list[Beside]:
+    """The winner's test score against other evaluated runs, the best of them first; runs without scores left out."""
+    own = _by_persona(opened, WINNER)
+    if own is None:
+        return []
+    found = []
+    for name in names:
+        other = _by_persona(opened, name)
+        both = sorted(set(own) & set(other or {}))
+        if name == WINNER or other is None or len(both) < 2:
+            continue
+        differences = np.array([[own[p] - other[p]] for p in both])
+        low, high = interval(bootstrap_means(differences), len(both))
+        mean = float(np.mean([other[p] for p in both]))
+        found.append(Beside(name, mean, float(differences.mean()), float(low[0]), float(high[0])))
+    return sorted(found, key=lambda one: -one.similarity)
+
+
+def test_score(opened: Opened) -> float | None:
+    """The winner's mean similarity on test examples, percent; None where it was not scored."""
+    own = _by_persona(opened, WINNER)
+    return float(np.mean(list(own.values()))) if own else None
+
+
+def evaluated_runs(opened: Opened) -> list[str]:
+    """Runs of the project with test scores."""
+    output = opened.project.path(opened.project.output)
+    return [name for name in storage.list_folders(output) if _evaluation(opened, name) is not None]
+
+
+def _evaluation(opened: Opened, name: str) -> str | None:
+    place = storage.join(opened.project.run_folder(name), "evaluation")
+    return place if not name.startswith((".", "_")) and read_manifest(place) is not None else None
+
+
+def _by_persona(opened: Opened, name: str) -> dict[str, float] | None:
+    place = _evaluation(opened, name)
+    if place is None:
+        return None
+    metrics: pa.Table = storage.read_parquet(storage.join(place, "metrics.parquet"))
+    means = metrics.group_by("persona").aggregate([("similarity", "mean")]).to_pylist()
+    return {row["persona"]: 100 * float(row["similarity_mean"]) for row in means}

@@ -17,6 +17,7 @@ from raymerge.merging.methods import METHODS
 from raymerge.merging.methods.parameters import plain
 from raymerge.merging.rank import parse_rank
 from raymerge.merging.scale import Scale, parse_scale
+from raymerge.routing.named import experts_in
 from raymerge.routing.parameters import TUNED
 from raymerge.routing.strategies import STRATEGIES, needs_of, resolve_parameters
 
@@ -111,6 +112,10 @@ def parse_recipe(name: str, written: Mapping[str, Any], *, centred: bool = True)
         for key in ("method", "scale", "rank", "anchor", "dtype"):
             if written.get(key) is not None and written[key] != TUNED:
                 raise RecipeError(f"{where}: strategy {strategy} takes adapters as they are.\nLeave `{key}` out.")
+    resolved = _resolve(where, strategy, strategy_parameters, centred)
+    negative = experts_in(resolved.get("weights") or {}, below=0.0)
+    if negative and not METHODS[method].signed:
+        raise RecipeError(f"{where}: the weight of {negative[0]} is negative, which method {method} cannot use.")
     as_trained = strategy in AS_TRAINED
     rank = written.get("rank", "keep" if as_trained else dict(DEFAULT_RANK))
     try:
@@ -120,7 +125,7 @@ def parse_recipe(name: str, written: Mapping[str, Any], *, centred: bool = True)
     return Recipe(
         name=name,
         strategy=strategy,
-        strategy_parameters=_resolve(where, strategy, strategy_parameters, centred),
+        strategy_parameters=resolved,
         method=method,
         method_parameters=_method_parameters(where, method, method_parameters),
         scale=_scale(where, strategy, written.get("scale", 1.0 if as_trained else "match_norm")),

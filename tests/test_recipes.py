@@ -14,7 +14,8 @@ from raymerge.routing.strategies import STRATEGIES
     "strategy", sorted(set(STRATEGIES) - {"random_k", "random_cluster", "shuffled", "neighbours_trained", "selective"})
 )
 def test_every_strategy_has_a_complete_canonical_form(strategy):
-    recipe = parse_recipe("x", {"strategy": strategy})
+    written = {"weights": {"ann": 2, "bob": -1}} if strategy == "named" else {}
+    recipe = parse_recipe("x", {"strategy": strategy, **written})
     assert json.loads(json.dumps(recipe.as_dict())) == recipe.as_dict()
     assert set(recipe.strategy_parameters) == set(STRATEGIES[strategy].parameters)
 
@@ -60,6 +61,12 @@ def test_the_project_says_whether_embeddings_are_centred_unless_the_recipe_does(
         ({"strategy": "random_k"}, "`of`|of is None"),
         ({"strategy": "random_k", "of": {"strategy": "top_k", "kk": 1}}, "unknown parameter 'kk'"),
         ({"strategy": "random_k", "of": {"strategy": "shuffled", "of": {"strategy": "soft"}}}, "itself a control"),
+        ({"strategy": "named"}, "weights is None.\nExpected the experts' weights, such as"),
+        ({"strategy": "named", "weights": {"a": 1, "b": -1}}, "weights sum to 0.\nExpected a sum above 0"),
+        (
+            {"strategy": "named", "weights": {"a": 1, "b": -0.5}, "method": "slerp"},
+            "of b is negative, which method slerp",
+        ),
         ({}, "unknown strategy ''"),
         ("own", "is not a mapping"),
     ],

@@ -124,6 +124,7 @@ class Project(Section):
     adapters: str = "adapters/{persona}"
     unified_adapter: str = "unified"
     cluster_adapters: str = "clusters/{cluster}"
+    experts: dict[str, str] = Field(default_factory=dict)  # further adapters, for strategy `named`: name -> location
     clusters: Clusters = Clusters()
     embedding: Embedding = Embedding()
     generation: Generation = Generation()
@@ -148,6 +149,9 @@ class Project(Section):
         for key, placeholder in (("adapters", "{persona}"), ("cluster_adapters", "{cluster}")):
             if placeholder not in getattr(self, key):
                 raise ValueError(f"{key}: must hold {placeholder}")
+        for name in self.experts:
+            if name in ("", "all", "base", "unified") or name.startswith("cluster_"):
+                raise ValueError(f"experts: the name {name!r} is taken by the adapters of everyone or of a cluster")
         for name in self.recipes:
             fault = run_name_fault(name)
             if fault:
@@ -171,7 +175,9 @@ class Project(Section):
         return storage.join(self.path(self.output), "search")
 
     def adapter_location(self, expert: str) -> str:
-        """Where the adapter of a persona, of a cluster (`cluster_03`) or the `unified` one lies."""
+        """Where an adapter lies: of a further expert, `unified`, of a cluster (`cluster_03`), of a persona."""
+        if expert in self.experts:
+            return self.path(self.experts[expert])
         if expert == "unified":
             return self.path(self.unified_adapter)
         if expert.startswith("cluster_"):

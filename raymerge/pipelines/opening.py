@@ -10,10 +10,12 @@ from typing import Any
 
 from raymerge import storage
 from raymerge.adapters.catalogue import Catalogue
+from raymerge.adapters.formats import format_of
 from raymerge.config import Project, load_project
-from raymerge.errors import AdapterError, ProjectError, RecipeError, unknown
+from raymerge.errors import AdapterError, ProjectError, RecipeError, did_you_mean, unknown
 from raymerge.personas import Personas, read_personas, source_of
 from raymerge.recipes import Recipe, parse_recipes
+from raymerge.routing.named import by_persona, experts_in
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -105,7 +107,36 @@ def open_project(
     ]
     if personas is not None and personas.skipped:
         notes.append(f"{personas.location}: {personas.skipped:,} examples without text are left out")
-    return Opened(project, personas, chosen, adapters, tuple(notes))
+    opened = Opened(project, personas, chosen, adapters, tuple(notes))
+    check_experts(opened)
+    return opened
+
+
+def check_experts(opened: Opened) -> None:
+    """Raise what strategy `named` cannot work with: RecipeError for weights of an unknown expert or for an unknown
+    persona, ProjectError for a further expert who is a persona too, AdapterError for one whose adapter is not there."""
+    project, personas = opened.project, set(opened.names)
+    taken = sorted(personas & project.experts.keys())
+    if taken:
+        raise ProjectError(
+            f"{project.location}: `experts` has {taken[0]}, who is a persona.\nChoose another name for the expert."
+        )
+    known = {*project.experts, *opened.adapters, *opened.trainable, "unified"}
+    for recipe in opened.recipes.values():
+        weights = recipe.strategy_parameters.get("of", recipe.strategy_parameters).get("weights") or {}
+        for name in experts_in(weights):
+            if name not in known and not name.startswith("cluster_"):
+                listed = ", ".join(sorted(project.experts)) or "none yet"
+                raise RecipeError(
+                    f"recipe {recipe.name}: weights name {name!r}, who is no expert.{did_you_mean(name, known)}\n"
+                    f"Expected a persona with an adapter, unified, or one of the project file's `experts` ({listed})."
+                )
+            if name in project.experts:
+                format_of(project.adapter_location(name), name)
+        strangers = [name for name in by_persona(weights) or () if name not in personas]
+        if strangers:
+            hint = did_you_mean(strangers[0], personas)
+            raise RecipeError(f"recipe {recipe.name}: weights are given for {strangers[0]!r}, who is no persona.{hint}")
 
 
 def with_those_asked(chosen: Mapping[str, Recipe], known: Mapping[str, Recipe]) -> dict[str, Recipe]:

@@ -39,6 +39,8 @@ CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = MappingProxyType(
         "learning_rate": (lambda value: _number(value) and value > 0, "a number above 0"),
         "among": (lambda value: isinstance(value, Mapping) and len(value) > 1,
                   "the names of two recipes or more, of strategies base, own, unified or cluster_trained"),
+        "weights": (lambda value: isinstance(value, Mapping) and len(value) > 0,
+                    "the experts' weights, such as {ann: 0.7, bob: 0.3}, or such a mapping for each persona"),
         "of": (lambda value: isinstance(value, Mapping) and "strategy" in value,
                "the strategy to control, such as {strategy: sparse_moe, k: 5}"),
     }

@@ -14,6 +14,7 @@ from raymerge.errors import RoutingError
 from raymerge.routing import controls
 from raymerge.routing.inputs import RoutingInputs, check_inputs, labels_of, make_space
 from raymerge.routing.lines import Rows
+from raymerge.routing.named import experts_in, named, parse_weights
 from raymerge.routing.neighbours import equal, hierarchical, make_row, similar
 from raymerge.routing.parameters import TUNED, refuse, resolve
 from raymerge.routing.selective import choose
@@ -179,6 +180,7 @@ STRATEGIES: Mapping[str, Strategy] = _named(
     _make("unified", "the adapter trained on all", "unified", partial(_one_for_all, expert="unified")),
     _make("cluster_trained", "the adapter trained on its cluster", "clusters cluster_adapters", _cluster_trained),
     _make("base", "no adapter", "", partial(_one_for_all, expert=None)),
+    _make("named", "the experts that it names, at the weights that it gives them", "", named, weights=None),
     _make("hybrid", "the unified adapter and the persona's own", "own unified", _hybrid, own_weight=TUNED),
     _make("selective", "the best of a few recipes, chosen on validation examples", "", _selective,
           among=None, sure=0.8),
@@ -197,10 +199,13 @@ def resolve_parameters(strategy: str, given: Mapping[str, Any]) -> dict[str, Any
     if strategy not in STRATEGIES:
         refuse("routing", "strategy", strategy, STRATEGIES)
     resolved = resolve(strategy, STRATEGIES[strategy].parameters, given)
+    if strategy == "named":
+        resolved["weights"] = parse_weights(resolved["weights"])
     if "of" in resolved:
         inner = {key: value for key, value in resolved["of"].items() if key != "strategy"}
         name = str(resolved["of"]["strategy"])
-        if name in CONTROLS or name in WITHOUT_NEIGHBOURS or (strategy == "neighbours_trained" and name in AS_TRAINED):
+        refused = (*WITHOUT_NEIGHBOURS, *((*AS_TRAINED, "named") if strategy == "neighbours_trained" else ()))
+        if name in CONTROLS or name in refused:
             what = "itself a control" if name in CONTROLS else "which asks no neighbours"
             raise RoutingError(f"strategy {strategy}: `of` is {name}, {what}.\nExpected any other strategy.")
         resolved["of"] = {"strategy": name, **resolve_parameters(name, inner)}
@@ -208,10 +213,15 @@ def resolve_parameters(strategy: str, given: Mapping[str, Any]) -> dict[str, Any
 
 
 def needs_of(strategy: str, parameters: Mapping[str, Any]) -> frozenset[str]:
-    """What a strategy needs, and what it controls. Raises as `resolve_parameters`."""
+    """What a strategy needs, and what it controls. Raises as `resolve_parameters`.
+
+    Of `named` that is the trained adapters it names; those of single personas are not trained for it.
+    """
     resolved = resolve_parameters(strategy, parameters)
     inner = [resolved["of"]["strategy"]] if "of" in resolved else list((resolved.get("among") or {}).values())
     needs = STRATEGIES[strategy].needs.union(*(STRATEGIES[name].needs for name in inner))
+    for name in experts_in(resolved.get("of", resolved).get("weights") or {}):
+        needs |= {"unified"} if name == "unified" else {"cluster_adapters"} if name.startswith("cluster_") else set()
     return needs - {"own"} if strategy == "neighbours_trained" else needs  # it asks for examples, not for adapters
 
 

@@ -3,7 +3,7 @@ import pickle
 import pytest
 from pydantic import ValidationError
 
-from raymerge.config import load_project, parse_size
+from raymerge.config import GROUPINGS, load_project, parse_size
 from raymerge.errors import ProjectError
 from raymerge.pipelines.job import worker_kinds
 
@@ -126,9 +126,12 @@ def test_a_project_is_frozen(tmp_path):
 
 
 def test_settings_of_a_grouping_are_single_numbers(tmp_path):
-    text = "training: {epochs: {persona: 12, cluster: 8, unified: 3}, learning_rate: 0.001}"
+    epochs = "epochs: {persona: [8, 12], cluster: 8, unified: 3}, epochs_chosen_by: neighbours"
+    text = f"training: {{{epochs}, learning_rate: 0.001}}"
     training = load_project(write(tmp_path, text)).training
-    assert [training.of(g).epochs for g in ("persona", "cluster", "unified")] == [12, 8, 3]
+    assert [training.of(g).epochs for g in GROUPINGS] == [(8, 12), 8, 3]
+    assert [training.of(g).tries_neighbours for g in GROUPINGS] == [True, False, False]
+    assert not training.of("persona").with_epochs(8).tries_neighbours
     assert training.of("cluster").learning_rate == 0.001
 
 

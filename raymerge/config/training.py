@@ -16,7 +16,8 @@ Epochs = int | tuple[int, ...]
 class Training(Section):
     """LoRA training. `epochs`, `learning_rate` and `batch_size` may differ by grouping: {persona: 12, unified: 3}.
 
-    Several epochs, [4, 8, 16], are tried on a part of the adapters, and validation examples choose.
+    Several epochs, [4, 8, 16], are tried on a part of the adapters, and validation examples choose. epochs_chosen_by:
+    what answers these for personas, each one's own adapter or the equal-weights merge of its neighbours' and its own.
     """
 
     rank: int = Field(default=8, ge=1)
@@ -25,6 +26,7 @@ class Training(Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)  # of what enters A
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     epochs: Epochs | dict[Grouping, Epochs] = 3
+    epochs_chosen_by: Literal["own", "neighbours"] = "own"
     learning_rate: float | dict[Grouping, float] = 2e-4
     batch_size: int | dict[Grouping, int] = 8  # rows of one adapter in an optimiser step
     micro_batch: int | None = Field(default=None, ge=1)  # of these at once; None: all, fewer where memory runs out
@@ -62,12 +64,14 @@ class Training(Section):
         return value
 
     def of(self, grouping: Grouping) -> Training:
-        """The settings of one grouping: every value a single number."""
-        single = {
+        """The settings of one grouping: every value a single number. Only personas have neighbours to choose by."""
+        single: dict[str, Any] = {
             key: value[grouping]
             for key in ("epochs", "learning_rate", "batch_size")
             if isinstance(value := getattr(self, key), dict)
         }
+        if grouping != "persona":
+            single["epochs_chosen_by"] = "own"
         return self.model_copy(update=single)
 
     @property
@@ -81,6 +85,11 @@ class Training(Section):
         """Whether some grouping has several numbers of epochs to choose from."""
         given = self.epochs.values() if isinstance(self.epochs, dict) else [self.epochs]
         return any(not isinstance(one, int) and len(one) > 1 for one in given)
+
+    @property
+    def tries_neighbours(self) -> bool:
+        """Whether one grouping has several numbers of epochs, and merges of neighbours are to choose among them."""
+        return len(self.choices) > 1 and self.epochs_chosen_by == "neighbours"
 
     def with_epochs(self, epochs: int) -> Training:
         """The same with one number of epochs."""

@@ -17,6 +17,7 @@ _NOT_COMPARED = (
     "tensorboard",
     "micro_batch",
     "gradient_checkpointing",
+    "epochs_chosen_by",
 )
 ORDER = ("unified", "cluster", "persona")  # of curves; others follow by name
 
@@ -26,8 +27,9 @@ class Artefact:
     """An adapter as its marker describes it.
 
     error: relative Frobenius error of a merge. grouping, name, steps, epochs, losses: of a training; steps are those of
-    the optimiser, epochs in words: `8`, or `4 of 2, 4, 8` where validation examples chose. training: its settings, but
-    for the seed and those that decide nothing; epochs are all that were tried.
+    the optimiser, epochs in words: `8`, or `4 of 2, 4, 8` where validation examples chose, `(by neighbours)` where
+    merges answered them. training: its settings, but for the seed and those that decide nothing; epochs are all that
+    were tried.
     """
 
     bytes: int
@@ -106,6 +108,7 @@ def _settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
 def _epochs(manifest: Mapping[str, Any]) -> str | None:
     choice = manifest.get("epochs_chosen")
     if choice:
-        return f"{choice['chosen']} of {', '.join(str(n) for n in sorted(int(n) for n in choice['tried']))}"
+        by = " (by neighbours)" if choice.get("by") == "neighbours" else ""
+        return f"{choice['chosen']} of {', '.join(str(n) for n in sorted(int(n) for n in choice['tried']))}{by}"
     epochs = manifest.get("training", {}).get("epochs")
     return str(epochs) if isinstance(epochs, int) else None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from raymerge import storage
 from raymerge.config import Grouping
 from raymerge.errors import AdapterError, PersonaError
+from raymerge.merging.methods import METHODS
 from raymerge.pipelines.layout import check_same_recipe
 from raymerge.pipelines.opening import Opened
 from raymerge.pipelines.trainings import is_unified
@@ -45,3 +46,13 @@ def check_evaluation(opened: Opened) -> None:
     split = opened.project.evaluation.split
     if len(personas.missing(split)) == len(personas.names):
         raise PersonaError(f"{personas.location}: nobody has examples of split {split}, so nothing is scored.")
+
+
+def notes_on_methods(recipes: Iterable[Recipe]) -> list[str]:
+    """What users of the recipes' methods should know, each once."""
+    found: dict[str, list[str]] = {}
+    for recipe in recipes:
+        note = METHODS[recipe.method].note
+        if note is not None:
+            found.setdefault(note, []).append(recipe.method)
+    return [f"method {', '.join(dict.fromkeys(names))}: {note}" for note, names in found.items()]

@@ -66,7 +66,8 @@ def project_file(quick: bool, clusters: int, *, all_rows: bool = False) -> bytes
             "unified_adapter": "all/unified",
             "cluster_adapters": "all/clusters/{cluster}",
             "output": "all/runs",
-            "training": {**project["training"], "epochs": _epochs(quick)},
+            # rows are mostly merges, and an expert of these is trained best where it overfits by itself
+            "training": {**project["training"], "epochs": _epochs(quick), "epochs_chosen_by": "neighbours"},
             "recipes": _all_recipes(quick),
         }
     return ("# Written by `raymerge demo`.\n" + yaml.safe_dump(project, sort_keys=False)).encode()

@@ -10,7 +10,7 @@ from raymerge.errors import PersonaError, RecipeError
 from raymerge.pipelines.opening import Opened
 from raymerge.pipelines.planning import TRAINS_ITS_OWN, trained_folder
 from raymerge.pipelines.trainings import check_validation, folder_of_item, portions, training_item, training_task
-from raymerge.pipelines.trials import trial_items, trials_of
+from raymerge.pipelines.trials import sample_of, trial_items, trials_of
 from raymerge.recipes import Recipe
 from raymerge.routing.table import RoutingTable
 from raymerge.runtime.bases import base_digest
@@ -48,7 +48,7 @@ def items_of(opened: Opened, recipe: Recipe, table: RoutingTable) -> list[Item]:
         return _item(opened, recipe, name, some, settings.with_epochs(epochs), after)
 
     tries = trial_items(
-        opened, recipe.name, groups, trials, make, served=lambda group: served[group.name],
+        opened, recipe.name, sample_of(opened, groups, lambda group: served[group.name]), trials, make,
         kind="prefix" if recipe.strategy == "prefix" else "adapter",
     )  # fmt: skip
     items = []
@@ -62,7 +62,7 @@ def items_of(opened: Opened, recipe: Recipe, table: RoutingTable) -> list[Item]:
 
 def settings_of(opened: Opened, recipe: Recipe) -> Training:
     """What a recipe trains with: the settings of clusters for the examples of several personas, those of personas for a
-    prefix; with its own epochs and rate where it gives them."""
+    prefix; with its own epochs and rate where it gives them. Nothing of it is merged, so it chooses by its own."""
     grouping: Grouping = "persona" if recipe.strategy == "prefix" else "cluster"
     settings = opened.project.training.of(grouping)
     given = {
@@ -70,7 +70,7 @@ def settings_of(opened: Opened, recipe: Recipe) -> Training:
         for key in ("epochs", "learning_rate")
         if (value := recipe.strategy_parameters.get(key)) is not None
     }
-    return settings.model_copy(update={**given, "start_from": None})
+    return settings.model_copy(update={**given, "start_from": None, "epochs_chosen_by": "own"})
 
 
 def _item(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raymerge import storage
-from raymerge.config import Project
+from raymerge.config import Grouping, Project
 from raymerge.errors import PersonaError, ProjectError, RoutingError
 from raymerge.manifest import read_manifest
 from raymerge.pipelines.opening import Opened
@@ -109,6 +109,14 @@ def needs_embeddings(project: Project, recipe: Recipe) -> bool:
     """Whether a recipe needs the project's embeddings, for its routing or for its clusters."""
     own = "embeddings" in recipe.needs and recipe.embedding is None
     return own or ("clusters" in recipe.needs and project.clusters.file is None)
+
+
+def job_needs_embeddings(project: Project, recipes: Iterable[Recipe], groupings: Collection[Grouping]) -> bool:
+    """Whether a job needs the project's embeddings: for a recipe, or to train some groupings, which finds clusters or
+    tries epochs by merges of neighbours."""
+    finds_clusters = "cluster" in groupings and project.clusters.file is None
+    tries = "persona" in groupings and project.training.of("persona").tries_neighbours
+    return finds_clusters or tries or any(needs_embeddings(project, recipe) for recipe in recipes)
 
 
 def check_placing(opened: Opened, wanted: Placing, *, refit: bool) -> None:

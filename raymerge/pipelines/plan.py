@@ -12,21 +12,14 @@ from dataclasses import dataclass, field, replace
 from raymerge.config import Grouping
 from raymerge.errors import RaymergeError
 from raymerge.evaluation.scores import kind_of
-from raymerge.merging.methods import METHODS
 from raymerge.pipelines import own_trainings, selecting, trainings, tuning
-from raymerge.pipelines.checks import check_evaluation, check_recipes
+from raymerge.pipelines.checks import check_evaluation, check_recipes, notes_on_methods
 from raymerge.pipelines.layout import write_run_files
 from raymerge.pipelines.opening import Opened
-from raymerge.pipelines.placing import (
-    Placed,
-    Placing,
-    check_placing,
-    needs_embeddings,
-    place,
-)
+from raymerge.pipelines.placing import Placed, Placing, check_placing, job_needs_embeddings, place
 from raymerge.pipelines.planning import TRAINS_ITS_OWN, Merges, embedding_items, merge_items, merges_of
 from raymerge.pipelines.scoring import Scoring, evaluation_items
-from raymerge.pipelines.trials import trial_items, trials_of
+from raymerge.pipelines.trials import check_trials, sample_of, sample_of_neighbours, trial_items, trials_of
 from raymerge.recipes import Recipe
 from raymerge.runtime.scheduler import Item, Outcome
 from raymerge.runtime.tasks import TrainGroup
@@ -91,6 +84,7 @@ class Plan:
         known = steps.starts or {}
         self.starts = {g: known[g] if g in known else trainings.start_of(opened, g) for g in steps.train}
         trainings.check_training(opened, self.starts)
+        check_trials(opened, steps.train)
         own_trainings.check(opened)
         check_recipes(opened, train=steps.train, merge=steps.merge)
         tuning.check_tuning(opened)
@@ -101,7 +95,7 @@ class Plan:
         for grouping, start in self.starts.items():
             if start is not None and opened.project.training.start_from is None:
                 self.notes.append(f"{grouping}: training starts from {start}, as that of the adapters there did")
-        self.notes += self._notes_on_methods()
+        self.notes += notes_on_methods(opened.recipes.values()) if steps.merge else []
         without = sorted(set(opened.names) - set(opened.trainable)) if steps.train else []
         if without:
             self.notes.append(f"{without[0]}: has no training examples ({len(without)} such personas)")
@@ -112,9 +106,9 @@ class Plan:
     def first(self) -> list[Item]:
         """Items that wait for no embedding; all of them where none is needed."""
         self.check()
-        items: list[Item] = []
-        for grouping in ("unified", "persona"):
-            items += self._trainings(grouping, None)
+        items = self._trainings("unified")
+        if not self._asks_neighbours:
+            items += self._trainings("persona")
         embeddings = embedding_items(self.opened, self.experts, self.trained) if self.placing().embeddings else []
         if embeddings:
             self._wait("", embeddings, lambda _: self.rest())
@@ -149,7 +143,8 @@ class Plan:
         return self._settled(f"gather/{room.name}/{self._validation}", failed=True)
 
     def rest(self) -> list[Item]:
-        """Cluster trainings, merges and evaluations; those of recipes that leave something open come when it is known.
+        """The trainings that need embeddings, merges and evaluations; those of recipes that leave something open come
+        when it is known.
 
         All that can be routed is routed before anything is written, since routing may refuse one.
         """
@@ -158,7 +153,8 @@ class Plan:
         for recipe in recipes:
             if not recipe.tuned and recipe.strategy != "selective":
                 placed.route(recipe)
-        items = self._trainings("cluster", placed.clusters)
+        items = self._trainings("persona", placed) if self._asks_neighbours else []
+        items += self._trainings("cluster", placed)
         begun: list[Item] = []
         for recipe in recipes:
             if recipe.strategy == "selective":
@@ -170,12 +166,17 @@ class Plan:
     def _wait(self, name: str, items: Collection[Item], go_on: Callable[[set[str]], list[Item]]) -> None:
         self.rooms.append(Room(name, {item.id for item in items}, go_on))
 
-    def _trainings(self, grouping: Grouping, clusters: Mapping[str, str] | None) -> list[Item]:
-        """The items that train a grouping, and those that try its numbers of epochs."""
+    @property
+    def _asks_neighbours(self) -> bool:
+        """Whether merges of neighbours choose the epochs of personas, so that these wait for embeddings."""
+        return self.opened.project.training.of("persona").tries_neighbours
+
+    def _trainings(self, grouping: Grouping, placed: Placed | None = None) -> list[Item]:
+        """The items that train a grouping, and those that try its numbers of epochs. placed: None before embeddings."""
         if grouping not in self.steps.train:
             return []
         start = self.starts[grouping]
-        every = trainings.train_groups(self.opened, grouping, clusters)
+        every = trainings.train_groups(self.opened, grouping, placed.clusters if placed else None)
         groups = trainings.only_cluster(every, self.steps.cluster)
         if grouping == "cluster":
             self.notes += trainings.alone_in_cluster(groups)
@@ -187,9 +188,11 @@ class Plan:
             task = trainings.training_task(self.opened, grouping, settings.with_epochs(epochs), start)
             return trainings.training_item(self.opened, name, replace(task, groups=tried), after)
 
-        tries = trial_items(
-            self.opened, grouping, every, trials, make, served=lambda group: group.personas, after=after
-        )
+        if placed is not None and settings.tries_neighbours:
+            sample = sample_of_neighbours(self.opened, every, placed)
+        else:
+            sample = sample_of(self.opened, every, lambda group: group.personas)
+        tries = trial_items(self.opened, grouping, sample, trials, make, after=after)
         waits = after | {item.id for item in tries}
         items = trainings.training_items(self.opened, grouping, groups, start=start, trials=trials, after=waits)
         self.trained |= trainings.trained_by(items)
@@ -276,24 +279,13 @@ class Plan:
         personas = self.opened.need_personas("evaluation")
         return len(personas.missing("validation")) < len(personas.names)
 
-    def _notes_on_methods(self) -> list[str]:
-        """What users of the methods should know, each once."""
-        found: dict[str, list[str]] = {}
-        for recipe in self.opened.recipes.values():
-            note = METHODS[recipe.method].note
-            if note is not None and self.steps.merge:
-                found.setdefault(note, []).append(recipe.method)
-        return [f"method {', '.join(dict.fromkeys(names))}: {note}" for note, names in found.items()]
-
     def placing(self) -> Placing:
         """What the job needs to know of its personas."""
         project, recipes = self.opened.project, self.opened.recipes.values()
-        by_cluster = "cluster" in self.steps.train
         return Placing(
             experts=self.experts,
-            embeddings=any(needs_embeddings(project, recipe) for recipe in recipes)
-            or (by_cluster and project.clusters.file is None),
-            clusters=by_cluster or any("clusters" in recipe.needs for recipe in recipes),
+            embeddings=job_needs_embeddings(project, recipes, self.steps.train),
+            clusters="cluster" in self.steps.train or any("clusters" in recipe.needs for recipe in recipes),
         )
 
 

@@ -17,7 +17,9 @@ from raymerge.personas import Example, Personas, Split
 from raymerge.runtime.tasks import PrefixTask, TrainGroup, TrainTask
 
 # How an adapter is computed, not what it is.
-_NOT_IN_KEY = ("adapters_per_item", "checkpoint_every", "tensorboard", "micro_batch", "gradient_checkpointing")
+_NOT_IN_KEY = (
+    "adapters_per_item", "checkpoint_every", "tensorboard", "micro_batch", "gradient_checkpointing", "epochs_chosen_by",
+)  # fmt: skip
 # In every key. Settings that came later are in it where they are not at their default: older adapters stay valid.
 _ALWAYS_IN_KEY = (
     "rank", "alpha", "target_modules", "epochs", "learning_rate", "batch_size", "warmup", "weight_decay", "clip",
@@ -27,14 +29,17 @@ _ALWAYS_IN_KEY = (
 
 @dataclass(frozen=True)
 class EpochChoice:
-    """A number of epochs that validation examples chose. tried: epochs -> mean similarity there."""
+    """A number of epochs that validation examples chose. tried: epochs -> mean similarity there. by: what answered
+    them, as `config.Training.epochs_chosen_by`."""
 
     chosen: int
     tried: Mapping[int, float]
+    by: str = "own"
 
     def as_record(self) -> dict[str, Any]:
         """For a manifest."""
-        return {"chosen": self.chosen, "tried": {str(epochs): value for epochs, value in sorted(self.tried.items())}}
+        tried = {str(epochs): value for epochs, value in sorted(self.tried.items())}
+        return {"chosen": self.chosen, "by": self.by, "tried": tried}
 
 
 @dataclass(frozen=True)
@@ -119,8 +124,9 @@ def choose_epochs(task: TrainTask | PrefixTask) -> EpochChoice | None:
     epochs = task.training["epochs"]
     if isinstance(epochs, int):
         return None
+    by = str(task.training["epochs_chosen_by"])
     if len(set(epochs)) == 1:
-        return EpochChoice(epochs[0], {})
+        return EpochChoice(epochs[0], {}, by)
     scored = {
         trial.epochs: summary
         for trial in task.trials
@@ -136,7 +142,7 @@ def choose_epochs(task: TrainTask | PrefixTask) -> EpochChoice | None:
             f"Expected an evaluation on validation examples for each; looked at: {listed}.\n"
             "The failures of the trials say why. Or give one number of epochs."
         )
-    return EpochChoice(min(tried, key=lambda number: (-tried[number], number)), tried)
+    return EpochChoice(min(tried, key=lambda number: (-tried[number], number)), tried, by)
 
 
 def _summary(evaluation: str) -> Any:

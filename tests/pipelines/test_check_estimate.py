@@ -202,8 +202,15 @@ def test_a_prefix_with_epochs_of_its_own_is_counted_and_what_is_there_is_not(pro
     assert one.operations == pytest.approx(before.operations * 3 / (6 * 3 + 6 * (1 + 3)))  # no trial again
 
 
-@pytest.mark.parametrize(("grouping", "passes"), [("persona", 30 * 4 + 24 * (2 + 4)), ("unified", 2 + 4)])
-def test_trials_are_counted_for_the_sample_alone(project, grouping, passes):
+@pytest.mark.parametrize(
+    ("grouping", "by", "passes"),
+    [
+        ("persona", "own", 30 * 4 + 24 * (2 + 4)),
+        ("persona", "neighbours", 30 * 4 + 24 * (2 + 4)),
+        ("unified", "own", 2 + 4),
+    ],
+)
+def test_trials_are_counted_for_the_sample_alone(project, grouping, by, passes):
     folder = Path(project).parent
     shutil.rmtree(folder / "adapters")
     lines = [{"persona": f"n{i:02d}", "prompt": f"w{j}?", "response": f"w{j + 1}.", "split": split}
@@ -215,8 +222,10 @@ def test_trials_are_counted_for_the_sample_alone(project, grouping, passes):
     training = {"rank": 2, "batch_size": 2}
     with_recipes(project, **keys, training={**training, "epochs": 1})
     once = step_of(project, f"train {grouping}")
-    with_recipes(project, training={**training, "epochs": [2, 4]})
+    with_recipes(project, training={**training, "epochs": [2, 4], "epochs_chosen_by": by})
     several = step_of(project, f"train {grouping}")
     adapters, tried = (30, 24) if grouping == "persona" else (1, 1)
     assert several.operations == pytest.approx(once.operations / adapters * passes)
     assert several.nbytes == pytest.approx(once.nbytes / adapters * (adapters + 2 * tried), rel=0.1)  # losses too
+    embeds = [step for step in checked(project).estimate.steps if step.name == "embed"]
+    assert len(embeds) == (by == "neighbours")

@@ -118,6 +118,10 @@ def test_costs_are_those_of_all_a_run_is_made_of(project: Project) -> None:
     assert costs["unified"].epochs == "3 of 3, 12"
     assert costs["hybrid"].epochs == "3 of 3, 12 unified, 8 persona"
     assert costs["base"].epochs is None
+    manifest = Path(project.adapter_location("unified")) / "manifest.json"
+    known = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**known, "epochs_chosen": {**known["epochs_chosen"], "by": "neighbours"}}))
+    assert read_scores(project, "unified").costs.epochs == "3 of 3, 12 (by neighbours)"
     assert (costs["hybrid"].merge_s, costs["hybrid"].evaluate_s) == (6, 6)
     assert costs["own"].evaluate_s is None  # its times are not noted
     assert read_scores(project, "hybrid").compression_error == 0.25

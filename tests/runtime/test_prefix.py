@@ -130,7 +130,7 @@ def test_epochs_are_chosen_by_their_trials(
     manifest = read_manifest(task.groups[0].folder)
     assert manifest is not None
     assert manifest["steps"] == 4
-    assert manifest["epochs_chosen"] == {"chosen": 2, "tried": {"1": 0.1, "2": 0.2}}
+    assert manifest["epochs_chosen"] == {"chosen": 2, "by": "own", "tried": {"1": 0.1, "2": 0.2}}
 
 
 def test_nobody_without_examples_gets_a_prefix(task: PrefixTask, worker: ModelWorker) -> None:

@@ -233,7 +233,7 @@ def test_an_adapter_that_the_chosen_trial_made_is_not_trained_again(tmp_path, wo
     [group] = task.groups
     made, tried = read_manifest(group.folder), read_manifest(f"{trials[1].adapters}/{group.name}")
     assert made["files"] == tried["files"]
-    assert made["epochs_chosen"] == {"tried": {"1": 0.2, "2": 0.4}, "chosen": 2}
+    assert made["epochs_chosen"] == {"tried": {"1": 0.2, "2": 0.4}, "chosen": 2, "by": "own"}
     assert worker.train(task)["skipped"]
 
 
@@ -247,7 +247,7 @@ def test_tried_epochs_make_the_adapter_of_the_number_that_was_chosen(tmp_path, w
     worker.train(replace(task, trials=tuple(trials)))
     worker.train(make_task(tmp_path / "plain", epochs=2))
     chosen, plain = (read_manifest(str(tmp_path / name / "adapters" / "a")) for name in ("item", "plain"))
-    assert chosen["epochs_chosen"] == {"tried": {"1": 0.2, "2": 0.4, "4": 0.3}, "chosen": 2}
+    assert chosen["epochs_chosen"] == {"tried": {"1": 0.2, "2": 0.4, "4": 0.3}, "chosen": 2, "by": "own"}
     assert chosen["key"] == plain["key"]
     assert chosen["files"] == plain["files"]
     assert chosen["training"]["epochs"] == 2

@@ -49,7 +49,7 @@ def test_adapters_trained_when_there_were_fewer_settings_are_still_what_is_wante
 @pytest.mark.parametrize(
     "setting",
     [{"adapters_per_item": 3}, {"checkpoint_every": 1}, {"tensorboard": True}, {"micro_batch": 2},
-     {"gradient_checkpointing": True}, {"epochs": (3,)}],
+     {"gradient_checkpointing": True}, {"epochs": (3,)}, {"epochs_chosen_by": "neighbours"}],
 )  # fmt: skip
 def test_what_cannot_change_an_adapter_is_not_in_its_key(setting):
     assert keys(**setting) == keys()
@@ -106,6 +106,7 @@ def test_the_best_trial_is_chosen_and_the_smaller_number_of_equals(tmp_path_fact
     assert choice.tried == there
     assert there[choice.chosen] == max(there.values())
     assert all(there[n] < there[choice.chosen] for n in there if n < choice.chosen)
+    assert choice.as_record()["by"] == "own"
     inputs = gather_inputs(task, PERSONAS, "float32")
     assert inputs.settings.epochs == choice.chosen
     assert [g.key for g in inputs.groups.values()] == keys(epochs=choice.chosen)
@@ -120,6 +121,12 @@ def test_an_unfinished_trial_does_not_take_part(tmp_path):
     (tmp_path / "4" / "manifest.json").unlink()
     with pytest.raises(EvaluationError, match=r"^training\.epochs \[4, 8, 16\]: none of them was tried to the end"):
         choose_epochs(task)
+
+
+def test_the_record_says_that_merges_of_neighbours_chose(tmp_path):
+    trials = tuple(Trial(n, "", evaluate(tmp_path / str(n), n / 10)) for n in (4, 8))
+    task = make_task(epochs=(4, 8), trials=trials, epochs_chosen_by="neighbours")
+    assert choose_epochs(task).as_record() == {"chosen": 8, "by": "neighbours", "tried": {"4": 0.4, "8": 0.8}}
 
 
 def test_one_number_of_epochs_needs_no_trial():

@@ -18,9 +18,9 @@ from raymerge.pipelines.checking.merges import contributors
 from raymerge.pipelines.checking.operations import Rows, padded, rows_of
 from raymerge.pipelines.own_trainings import settings_of
 from raymerge.pipelines.trainings import is_foreign
-from raymerge.pipelines.trials import sample_of, trials_of
+from raymerge.pipelines.trials import NEIGHBOURHOOD, neighbourhoods_of, sample_of, spread, trials_of
 from raymerge.recipes import Recipe
-from raymerge.runtime.tasks import TrainGroup
+from raymerge.runtime.tasks import TrainGroup, Trial
 
 
 def training_step(known: Known, grouping: Grouping) -> Step:
@@ -37,8 +37,7 @@ def training_step(known: Known, grouping: Grouping) -> Step:
     trials = [
         (group.name, trial.epochs)
         for trial in trials_of(known.opened, grouping, settings.choices)
-        for group in tried
-        if not _is_whole(storage.join(trial.adapters, group.name))
+        for group in _still_to_try(settings, tried, trial)
     ]
     alone = grouping != "persona" or min(settings.adapters_per_item, len(groups)) == 1
     copied = {group.name for group in tried} if alone else set()  # from the trial that was chosen
@@ -107,7 +106,18 @@ def _sample(known: Known, settings: Training, groups: Sequence[TrainGroup]) -> l
     """The groups that several numbers of epochs are tried on."""
     if len(settings.choices) < 2:
         return []
-    return sample_of(known.opened, groups, lambda group: group.personas)
+    sample = sample_of(known.opened, groups, lambda group: group.personas).groups
+    if not settings.tries_neighbours:
+        return list(sample)
+    return spread(sample, NEIGHBOURHOOD * neighbourhoods_of(len(sample)))
+
+
+def _still_to_try(settings: Training, tried: Sequence[TrainGroup], trial: Trial) -> Sequence[TrainGroup]:
+    """Those of a sample that a trial has still to train. Who are neighbours is known with the embeddings alone, so of
+    neighbourhoods those there are only counted."""
+    if settings.tries_neighbours:
+        return tried[_whole_in(trial.adapters) :]
+    return [group for group in tried if not _is_whole(storage.join(trial.adapters, group.name))]
 
 
 def _is_whole(location: str) -> bool:

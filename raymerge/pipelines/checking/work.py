@@ -19,7 +19,7 @@ from raymerge.pipelines.checking.known import Known
 from raymerge.pipelines.checking.merges import joined, merge_step
 from raymerge.pipelines.checking.operations import padded, rows_of
 from raymerge.pipelines.checking.trainings import own_training_step, training_step
-from raymerge.pipelines.placing import needs_embeddings
+from raymerge.pipelines.placing import job_needs_embeddings
 from raymerge.pipelines.planning import PERSONAS_PER_EMBEDDING, TRAINS_ITS_OWN, embedding_source
 from raymerge.pipelines.trainings import all_groupings
 from raymerge.recipes import Recipe
@@ -33,11 +33,12 @@ COMPARE_S, COMPARE_BYTES = 10.0, 1_500_000  # the table, five plots, one page
 
 def steps_of_run(known: Known) -> tuple[Step, ...]:
     """The steps of `raymerge run`, in their order; those with nothing to do are there too."""
-    trainings = [training_step(known, grouping) for grouping in all_groupings(known.opened)]
+    project, groupings = known.opened.project, all_groupings(known.opened)
+    trainings = [training_step(known, grouping) for grouping in groupings]
     recipes = list(known.opened.recipes.values())
     own = [own_training_step(known, recipe) for recipe in recipes if recipe.strategy in TRAINS_ITS_OWN]
     merges = [merge_step(known, recipe) for recipe in recipes]
-    embedding = [_embedding(known)] if any(needs_embeddings(known.opened.project, r) for r in recipes) else []
+    embedding = [_embedding(known)] if job_needs_embeddings(project, recipes, groupings) else []
     compare = Step("compare", "driver", 1, 1, 0, 0.0, COMPARE_BYTES, 1.0, fixed_s=COMPARE_S)
     return (*embedding, *trainings, *own, joined(merges), _evaluating(known, recipes), compare)
 

@@ -69,8 +69,7 @@ def complexity(recipe: Recipe, experts: float) -> tuple[int, int, int, int]:
     """
     defaults = METHODS[recipe.method].defaults
     kind = 0 if recipe.method == "linear" else 2 if "seed" in defaults else 1
-    offsets = recipe.as_dict().get("scale_offsets")
-    numbers = _count(offsets) + _count(recipe.strategy_parameters.get("weights"))
+    numbers = _count(recipe.scale_offsets) + _count(recipe.strategy_parameters.get("weights"))
     usual = STRATEGIES[recipe.strategy].parameters
     moved = [
         name for name, value in recipe.strategy_parameters.items() if name != "weights" and usual.get(name) != value

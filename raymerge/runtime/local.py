@@ -42,31 +42,43 @@ def run_local(
 
     An exception fails its item; one that is no ordinary exception, such as KeyboardInterrupt, ends the run.
     """
-    import torch  # now, so that each worker's thread count holds from its first item on
+    workers = LocalWorkers(kinds, max_attempts=max_attempts)
+    with progress or Progress("", quiet=True) as shown:
+        workers.carry_out(items, follow, shown)
+    return workers.outcomes()
 
-    scheduler = Scheduler({kind.name: 1 for kind in kinds}, max_attempts=max_attempts)
-    by_name = {kind.name: kind for kind in kinds}
-    hosts: dict[str, Host] = {}
-    submitted: deque[Submit] = deque()
-    events: deque[Event] = deque([ItemsAdded(tuple(items))])
-    threads_before = torch.get_num_threads()
-    try:
-        with progress or Progress("", quiet=True) as shown:
+
+class LocalWorkers:
+    """The workers of this process, one of each kind, made when there is something for it to do."""
+
+    def __init__(self, kinds: Sequence[WorkerKind], *, max_attempts: int = 3) -> None:
+        self._scheduler = Scheduler({kind.name: 1 for kind in kinds}, max_attempts=max_attempts)
+        self._kinds = {kind.name: kind for kind in kinds}
+        self._hosts: dict[str, Host] = {}
+        self.outcomes = self._scheduler.outcomes
+
+    def carry_out(self, items: Sequence[Item], follow: Follow | None, shown: Progress) -> None:
+        """Settle items and those that follow on them. After an exception the workers cannot be used again."""
+        import torch  # now, so that each worker's thread count holds from its first item on
+
+        submitted: deque[Submit] = deque()
+        events: deque[Event] = deque([ItemsAdded(tuple(items))])
+        threads_before = torch.get_num_threads()
+        try:
             while events or submitted:
-                event = events.popleft() if events else _carry_out(submitted.popleft(), hosts)
-                for instruction in scheduler.handle(event):
+                event = events.popleft() if events else _carry_out(submitted.popleft(), self._hosts)
+                for instruction in self._scheduler.handle(event):
                     match instruction:
                         case StartWorker(worker, kind):
-                            hosts[worker], started = _start(worker, by_name[kind])
+                            self._hosts[worker], started = _start(worker, self._kinds[kind])
                             events.append(started)
                         case Submit():
                             submitted.append(instruction)
                         case _:
                             events.extend(attend(instruction, follow, shown))
-                shown.update(scheduler.snapshot())
-    finally:
-        torch.set_num_threads(threads_before)
-    return scheduler.outcomes()
+                shown.update(self._scheduler.snapshot())
+        finally:
+            torch.set_num_threads(threads_before)
 
 
 def attend(instruction: Instruction, follow: Follow | None, progress: Progress) -> list[Event]:

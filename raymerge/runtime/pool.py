@@ -6,6 +6,7 @@ is replaced by a new actor. Ray itself is imported when a pool is run.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from raymerge.runtime.events import (
     WorkerReady,
 )
 from raymerge.runtime.host import THREAD_VARIABLES, Host, describe
+from raymerge.runtime.inbox import Inbox
 from raymerge.runtime.kinds import WorkerKind, WorkerPlan, plan_autoscaling, plan_workers
 from raymerge.runtime.local import Follow, answered, attend, run_local
 from raymerge.runtime.progress import Progress
@@ -46,27 +48,33 @@ def run_on_ray(
     ready_deadline_s: float = READY_DEADLINE_S,
     max_attempts: int = 3,
     autoscaling: bool = False,
+    inbox: Inbox | None = None,
 ) -> list[Outcome]:
     """Carry out items on workers of Ray; returns what became of each, in the order they were added.
 
     follow: called with each outcome as it is settled; the items it returns are added. ready_deadline_s: how long a
     worker may take from being asked for to being up. autoscaling: machines may still be added within that time, so all
-    workers that a kind counts are asked for, whatever is there now.
+    workers that a kind counts are asked for, whatever is there now. inbox: more items come from there, until it is
+    closed; workers stay up meanwhile.
     Raises PoolError if the Ray cluster lacks what a worker takes, or if no worker of a kind comes up; whatever is
     raised, KeyboardInterrupt included, no worker is left.
     """
+    if inbox is None:
+        inbox = Inbox()
+        inbox.close()
     with connected() as ray, progress or Progress("", quiet=True) as shown:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        plan = plan_autoscaling(kinds) if autoscaling else plan_workers(kinds, nodes)
+        plan = plan_here(ray, kinds, autoscaling=autoscaling)
         for note in plan.notes:
             shown.say(note)
         scheduler = Scheduler(plan.counts, max_attempts=max_attempts)
-        workers = Workers(ray, kinds, plan, ready_deadline_s)
+        workers = Workers(ray, kinds, plan, ready_deadline_s, inbox.wake)
         try:
             events: deque[Event] = deque([ItemsAdded(tuple(items))])
-            while events or not scheduler.finished:
+            while events or not scheduler.finished or not inbox.done:
                 if not events:
                     events.extend(workers.wait())
+                    if more := inbox.take():
+                        events.append(ItemsAdded(more))
                 while events:
                     for instruction in scheduler.handle(events.popleft()):
                         match instruction:
@@ -80,6 +88,13 @@ def run_on_ray(
         finally:
             workers.kill_all()
     return scheduler.outcomes()
+
+
+def plan_here(ray: Any, kinds: Sequence[WorkerKind], *, autoscaling: bool) -> WorkerPlan:
+    """The workers of each kind that the Ray cluster has room for. Raises PoolError."""
+    if autoscaling:
+        return plan_autoscaling(kinds)
+    return plan_workers(kinds, [node["Resources"] for node in ray.nodes() if node["Alive"]])
 
 
 @dataclass(frozen=True)
@@ -105,13 +120,19 @@ class _Actor:
 
 
 class Workers:
-    """The actors of one run. Starts, feeds, watches and kills them; decides nothing."""
+    """The actors of one run. Starts, feeds, watches and kills them; decides nothing.
 
-    def __init__(self, ray: Any, kinds: Sequence[WorkerKind], plan: WorkerPlan, ready_deadline_s: float) -> None:
+    wake: set by each answer, and by whoever else wants `wait` to return.
+    """
+
+    def __init__(
+        self, ray: Any, kinds: Sequence[WorkerKind], plan: WorkerPlan, ready_deadline_s: float, wake: threading.Event
+    ) -> None:
         self._ray = ray
         self._kinds = {kind.name: kind for kind in kinds}
         self._plan = plan
         self._ready_deadline_s = ready_deadline_s
+        self._wake = wake
         self._actors: dict[str, _Actor] = {}
         self._remote_host = ray.remote(Host)
 
@@ -124,7 +145,7 @@ class Workers:
             runtime_env={"env_vars": threads},
         ).remote(asked.factory, asked.arguments_on(needs.gpus), asked.thread_count)  # fmt: skip
         actor = _Actor(handle, kind, deadline=time.monotonic() + self._ready_deadline_s)
-        actor.calls.append(_Call(handle.ready.remote(), None))
+        self._note(actor, handle.ready.remote())
         self._actors[name] = actor
 
     def submit(self, submit: Submit) -> list[Event]:
@@ -134,7 +155,7 @@ class Workers:
             return []
         if not actor.calls:
             # An idle worker may have died unnoticed. Asked first, it cannot make the item pay for that.
-            actor.calls.append(_Call(actor.handle.pid.remote(), None))
+            self._note(actor, actor.handle.pid.remote())
         if actor.calls[0].submit is None:
             actor.held_back.append(submit)
             return []
@@ -145,16 +166,22 @@ class Workers:
             ref = actor.handle.run.remote(submit.item.call, submit.item.payload)
         except Exception as error:
             return [ItemFailed(submit.worker, submit.item.id, f"{submit.item.id}: cannot be sent: {describe(error)}")]
-        actor.calls.append(_Call(ref, submit))
+        self._note(actor, ref, submit)
         return []
+
+    def _note(self, actor: _Actor, ref: Any, submit: Submit | None = None) -> None:
+        actor.calls.append(_Call(ref, submit))
+        ref.future().add_done_callback(lambda _: self._wake.set())
 
     def wait(self) -> list[Event]:
         """Block until something happened, or for about a second; returns what happened."""
+        self._wake.wait(self._patience())
+        self._wake.clear()
         first = {actor.calls[0].ref: name for name, actor in self._actors.items() if actor.calls}
         refs = list(first)
-        ready = self._ray.wait(refs, num_returns=1, timeout=self._patience())[0] if refs else []
-        if ready and len(refs) > 1:  # all that are there, so that no worker waits behind a busier one
-            ready = self._ray.wait(refs, num_returns=len(refs), timeout=0)[0] or ready
+        ready = self._ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)[0] if refs else []
+        if ready:  # the call behind one of these may have been answered too
+            self._wake.set()
         events: list[Event] = [event for ref in ready for event in self._answer(first[ref])]
         return events + self._overdue()
 

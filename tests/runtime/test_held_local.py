@@ -1,0 +1,114 @@
+"""Workers of this process that stay up between calls."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raymerge.errors import AdapterError, ModelError, PoolError
+from raymerge.runtime.events import Item
+from raymerge.runtime.held import HeldWorkers
+from raymerge.runtime.kinds import WorkerKind
+from raymerge.runtime.local import run_local
+
+
+class Counter:
+    """Counts its calls, so that a second worker would be seen."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        type(self).made += 1
+        self.calls = 0
+
+    def count(self, payload: Any) -> dict[str, Any]:
+        self.calls += 1
+        return {"calls": self.calls, "payload": payload}
+
+    def spoil(self, payload: Any) -> None:
+        raise AdapterError(f"{payload}: holds NaN")
+
+    def interrupt(self, payload: Any) -> None:
+        raise KeyboardInterrupt
+
+
+class Unloadable:
+    def __init__(self) -> None:
+        raise ModelError("models/base: no such model\nGive a path.")
+
+
+KINDS = [WorkerKind("m", Counter)]
+
+
+def counts(*ids: str) -> list[Item]:
+    return [Item(id, "m", "count", id) for id in ids]
+
+
+@given(st.lists(st.lists(st.sampled_from("abcdef"), unique=True, max_size=4), max_size=5))
+def test_one_worker_serves_all_calls_in_their_order(calls: list[list[str]]):
+    before = Counter.made
+    with HeldWorkers(KINDS, local=True) as workers:
+        outcomes = [workers.carry_out(counts(*ids)) for ids in calls]
+    assert [[o.item_id for o in some] for some in outcomes] == calls
+    found = [o.result for some in outcomes for o in some]
+    assert found == [{"calls": n, "payload": id} for n, id in enumerate((id for ids in calls for id in ids), 1)]
+    assert Counter.made - before == bool(found)
+
+
+def test_an_item_of_an_earlier_name_is_another_item_and_waits_for_those_of_its_own_call():
+    items = [Item("a", "m", "count", 1, after={"b"}), Item("b", "m", "count", 2)]
+    with HeldWorkers(KINDS, local=True) as workers:
+        found = [[o.result and o.result["calls"] for o in workers.carry_out(items)] for _ in range(3)]
+    assert found == [[2, 1], [4, 3], [6, 5]]
+
+
+def test_failures_are_those_of_a_run_and_end_nothing():
+    items = [Item("bad", "m", "spoil", "persona_3"), *counts("good")]
+
+    def plain(outcomes: list[Any]) -> list[Any]:
+        return [(o.item_id, o.result, o.error, o.attempts) for o in outcomes]
+
+    with HeldWorkers(KINDS, local=True) as workers:
+        assert plain(workers.carry_out(items)) == plain(run_local(items, KINDS))
+        assert workers.carry_out(counts("next"))[0].result == {"calls": 2, "payload": "next"}
+
+
+def test_threads_take_turns():
+    found: list[int] = []
+    with HeldWorkers(KINDS, local=True) as workers:
+
+        def ask(name: str) -> None:
+            for outcome in workers.carry_out(counts(*(f"{name}{i}" for i in range(20)))):
+                assert outcome.result is not None
+                found.append(outcome.result["calls"])
+
+        threads = [threading.Thread(target=ask, args=(name,)) for name in "abcd"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+    assert sorted(found) == list(range(1, 81))
+
+
+def test_what_no_worker_can_be_had_for_is_said_to_every_caller():
+    with HeldWorkers([WorkerKind("m", Unloadable)], local=True) as workers:
+        for _ in range(2):
+            with pytest.raises(PoolError, match="workers of kind m: none can be had\nmodels/base: no such model"):
+                workers.carry_out(counts("a"))
+
+
+def test_after_an_interrupt_or_the_end_nothing_is_begun():
+    workers = HeldWorkers(KINDS, local=True)
+    with pytest.raises(KeyboardInterrupt):
+        workers.carry_out([Item("a", "m", "interrupt")])
+    with pytest.raises(PoolError, match="the pool was interrupted"):
+        workers.carry_out(counts("b"))
+    workers.close()
+    with HeldWorkers(KINDS, local=True) as workers:
+        pass
+    with pytest.raises(PoolError, match="the pool is closed"):
+        workers.carry_out(counts("b"))

@@ -25,24 +25,24 @@ class Prompt:
     capability: str | None = None
 
 
-def read_prompts(location: str) -> tuple[tuple[Prompt, ...], int]:
+def read_prompts(location: str, wanted: Split = "test") -> tuple[tuple[Prompt, ...], int]:
     """The prompts of a .jsonl, .parquet or .txt file, in its order, and how many examples were left out.
 
-    Where rows have a split, test examples alone are taken: experts were trained on the others. Blank lines of text
-    count for nothing. Raises PersonaError with file and line for an unknown column, a missing prompt, an empty response
-    and a value that is no text, and for a file without prompts; StorageError if it cannot be read.
+    Where rows have a split, those of the one that is wanted alone are taken. Blank lines of text count for nothing.
+    Raises PersonaError with file and line for an unknown column, a missing prompt, an empty response and a value that
+    is no text, and for a file without prompts; StorageError if it cannot be read.
     """
     if not location.endswith(ENDINGS):
         raise PersonaError(f"{location}: is no file of prompts.\nExpected one that ends in {', '.join(ENDINGS)}.")
     if not storage.exists(location):
         raise PersonaError(f"{location}: there is no such file of prompts.")
     rows = list(_rows(location))
-    taken = tuple(prompt for prompt, split in rows if split in (None, "test"))
+    taken = tuple(prompt for prompt, split in rows if split in (None, wanted))
     if not rows:
         raise PersonaError(f"{location}: holds no prompts.\n{_EXPECTED}")
     if not taken:
         raise PersonaError(
-            f"{location}: holds no test examples among {len(rows)}.\nAdapters are compared on split test."
+            f"{location}: holds no {wanted} examples among {len(rows)}.\nAdapters are compared on split {wanted}."
         )
     return taken, len(rows) - len(taken)
 

@@ -16,7 +16,7 @@ from raymerge.errors import MergeError, RankError, RecipeError, RoutingError, un
 from raymerge.merging.methods import METHODS
 from raymerge.merging.methods.parameters import plain
 from raymerge.merging.rank import parse_rank
-from raymerge.merging.scale import Scale, parse_scale
+from raymerge.merging.scale import Scale, parse_offsets, parse_scale, scaled
 from raymerge.routing.named import experts_in
 from raymerge.routing.parameters import TUNED
 from raymerge.routing.strategies import STRATEGIES, needs_of, resolve_parameters
@@ -27,18 +27,19 @@ AS_TRAINED = (*REFERENCES, "selective", "neighbours_trained", "prefix")  # by de
 UNSCALED = ("base", "selective", "prefix")  # there is no delta to scale, or it was scaled before
 RETRIEVED = "{prompt}\n{response}\n\n"  # how an example in a prompt is written, unless said
 DTYPES = ("float64", "float32", "bfloat16", "float16")
-KEYS = ("strategy", "method", "scale", "rank", "anchor", "dtype", "embedding", "retrieval")
+KEYS = ("strategy", "method", "scale", "scale_offsets", "rank", "anchor", "dtype", "embedding", "retrieval")
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What a run carries out.
 
-    scale: factor on the merged delta, or `match_norm`, or {match_norm: f}, or `tuned` on validation examples. rank: see
-    `merging.rank.parse_rank`. anchor: `auto` (what the experts record as their start), `none`, or the location of an
-    adapter. embedding: a parquet file of persona vectors that stands in for the project's embedding, or None.
-    retrieval: {examples, format} of similar training examples in every prompt, or None. strategy_parameters hold the
-    resolved inner recipe of a control under `of`.
+    scale: factor on the merged delta, or `match_norm`, or {match_norm: f}, or `tuned` on validation examples.
+    scale_offsets: {clusters: {label: d}, layers: [d, ...]}, or None: exp(d) multiplies the scale in a cluster, and the
+    weights at places spread over the depth. rank: see `merging.rank.parse_rank`. anchor: `auto` (what the experts
+    record as their start), `none`, or the location of an adapter. embedding: a parquet file of persona vectors that
+    stands in for the project's embedding, or None. retrieval: {examples, format} of similar training examples in every
+    prompt, or None. strategy_parameters hold the resolved inner recipe of a control under `of`.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Recipe:
     dtype: str | None = None
     embedding: str | None = None
     retrieval: Mapping[str, Any] | None = None
+    scale_offsets: Mapping[str, Any] | None = None
 
     @property
     def tuned(self) -> tuple[str, ...]:
@@ -61,7 +63,7 @@ class Recipe:
 
     def resolved(self, values: Mapping[str, float]) -> Recipe:
         """The same with what was tuned: `factor` and `own_weight`, whichever are given."""
-        scale = _times_norm(values["factor"]) if "factor" in values else self.scale
+        scale = scaled("match_norm", values["factor"]) if "factor" in values else self.scale
         parameters = dict(self.strategy_parameters)
         if "own_weight" in values:
             parameters["own_weight"] = values["own_weight"]
@@ -70,7 +72,8 @@ class Recipe:
     @property
     def needs(self) -> frozenset[str]:
         """Inputs its strategy needs, of: embeddings, clusters, own, unified, cluster_adapters."""
-        return needs_of(self.strategy, self.strategy_parameters)
+        by_cluster = {"clusters"} & (self.scale_offsets or {}).keys()
+        return needs_of(self.strategy, self.strategy_parameters) | by_cluster
 
     @property
     def merges(self) -> dict[str, Any]:
@@ -78,6 +81,7 @@ class Recipe:
         return {
             "method": self.method, "method_parameters": dict(self.method_parameters), "scale": self.scale,
             "rank": self.rank, "anchor": self.anchor, "dtype": self.dtype,
+            **({} if self.scale_offsets is None else {"scale_offsets": dict(self.scale_offsets)}),
         }  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:
@@ -134,6 +138,7 @@ def parse_recipe(name: str, written: Mapping[str, Any], *, centred: bool = True)
         dtype=_dtype(where, written.get("dtype")),
         embedding=str(written["embedding"]) if written.get("embedding") is not None else None,
         retrieval=_retrieval(where, written.get("retrieval")),
+        scale_offsets=_offsets(where, strategy, written.get("scale_offsets")),
     )
 
 
@@ -238,11 +243,18 @@ def _scale(where: str, strategy: str, value: Any) -> Scale | Literal["tuned"]:
         raise RecipeError(
             f"{where}: scale is a number, match_norm, {{match_norm: 1.4}} or tuned; found {value!r}."
         ) from error
-    return _times_norm(factor) if is_matched else factor
+    return scaled("match_norm", factor) if is_matched else factor
 
 
-def _times_norm(factor: float) -> Scale:
-    return "match_norm" if factor == 1.0 else {"match_norm": factor}
+def _offsets(where: str, strategy: str, value: Any) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    if strategy in UNSCALED:
+        raise RecipeError(f"{where}: strategy {strategy} has nothing to scale.\nLeave `scale_offsets` out.")
+    try:
+        return parse_offsets(value)
+    except MergeError as error:
+        raise RecipeError(f"{where}: {error}") from error
 
 
 def _dtype(where: str, value: Any) -> str | None:

@@ -6,7 +6,7 @@ import torch
 from raymerge.adapters import LoraAdapter, LoraModule
 from raymerge.errors import RecipeError
 from raymerge.merging.merge import merge
-from raymerge.recipes import DTYPES, parse_recipe, parse_recipes
+from raymerge.recipes import DTYPES, Recipe, parse_recipe, parse_recipes
 from raymerge.routing.strategies import STRATEGIES
 
 
@@ -67,6 +67,13 @@ def test_the_project_says_whether_embeddings_are_centred_unless_the_recipe_does(
             {"strategy": "named", "weights": {"a": 1, "b": -0.5}, "method": "slerp"},
             "of b is negative, which method slerp",
         ),
+        ({"strategy": "base", "scale_offsets": {"layers": [0.1]}}, "base has nothing to scale"),
+        ({"strategy": "soft", "scale_offsets": {"layer": [0.1]}}, r"'layer'. Did you mean layers\?"),
+        ({"strategy": "soft", "scale_offsets": {"layers": []}}, r"scale_offsets.layers: is \[\].\nExpected {clusters"),
+        ({"strategy": "soft", "scale_offsets": {"clusters": [0.1]}}, "scale_offsets.clusters: is"),
+        ({"strategy": "soft", "scale_offsets": {"layers": [0.1, 99]}}, "99 cannot be an offset.\nExpected a logarithm"),
+        ({"strategy": "soft", "scale_offsets": {"clusters": {"a": float("nan")}}}, "nan cannot be an offset"),
+        ({"strategy": "soft", "scale_offsets": 0.3}, "x: scale_offsets are 0.3"),
         ({}, "unknown strategy ''"),
         ("own", "is not a mapping"),
     ],
@@ -173,3 +180,17 @@ def test_what_has_no_delta_has_no_scale_to_tune(strategy):
                 **({"among": {"a": "base", "b": "own"}} if strategy == "selective" else {}),
             },
         )
+
+
+def test_offsets_are_part_of_a_recipe_only_where_there_are_any():
+    plain = parse_recipe("x", {"strategy": "top_k", "k": 3})
+    assert "scale_offsets" not in plain.as_dict()
+    offsets = {"clusters": {"cluster_00": 1}, "layers": [0, 0.2]}
+    recipe = parse_recipe("x", {"strategy": "top_k", "k": 3, "scale_offsets": offsets})
+    assert recipe.as_dict() == {
+        **plain.as_dict(),
+        "scale_offsets": {"clusters": {"cluster_00": 1.0}, "layers": [0.0, 0.2]},
+    }
+    assert Recipe(**recipe.as_dict()) == recipe
+    assert recipe.needs == plain.needs | {"clusters"}
+    assert parse_recipe("x", {"strategy": "top_k", "scale_offsets": {"layers": [0.1]}}).needs == plain.needs

@@ -6,13 +6,14 @@ interruptions; each item looks for itself whether its result is there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from raymerge import storage
-from raymerge.errors import ProjectError, unknown
-from raymerge.merging.scale import parse_scale
+from raymerge.errors import ProjectError, RecipeError, unknown
+from raymerge.merging.scale import parse_scale, scaled
 from raymerge.pipelines.opening import Opened, base_location
 from raymerge.pipelines.trainings import maker_of
 from raymerge.recipes import Recipe
@@ -90,7 +91,8 @@ class Merges:
 
 
 def merges_of(opened: Opened, recipe: Recipe, table: RoutingTable) -> Merges:
-    """What becomes of each row of a routing table."""
+    """What becomes of each row of a routing table. Raises RecipeError for offsets of a cluster that there is not, or
+    where a row is one adapter for several clusters."""
     base = base_location(opened.project)
     folder = storage.join(opened.project.run_folder(recipe.name), "adapters")
     tasks: dict[str, MergeTask] = {}
@@ -103,8 +105,35 @@ def merges_of(opened: Opened, recipe: Recipe, table: RoutingTable) -> Merges:
             as_they_are[group.adapter] = experts[0].location
             continue
         where = storage.join(folder, group.adapter)
-        tasks[group.adapter] = MergeTask(group.adapter, where, experts, recipe.merges, opened.project.workspace, base)
+        tasks[group.adapter] = MergeTask(
+            group.adapter, where, experts, _merges_in(recipe, group, table), opened.project.workspace, base
+        )
     return Merges(tasks, as_they_are, prefixes=recipe.strategy == "prefix")
+
+
+def _merges_in(recipe: Recipe, group: MergeGroup, table: RoutingTable) -> dict[str, Any]:
+    """`Recipe.merges` of a row: what its cluster adds to the scale is in the scale, as if it had been written there."""
+    merges = recipe.merges
+    offsets = dict(merges.pop("scale_offsets", {}))
+    by_cluster = offsets.pop("clusters", None)
+    if offsets:
+        merges["scale_offsets"] = offsets
+    if by_cluster is None:
+        return merges
+    clusters = table.clusters or {}
+    strange = sorted(by_cluster.keys() - set(clusters.values()))
+    if strange:
+        raise RecipeError(
+            f"recipe {recipe.name}: scale_offsets: {unknown('cluster', strange[0], set(clusters.values()))}"
+        )
+    labels = sorted({clusters.get(persona, "none") for persona in group.personas})
+    if len(labels) > 1:
+        raise RecipeError(
+            f"recipe {recipe.name}: the adapter {group.adapter} serves clusters {', '.join(labels[:5])}, and "
+            f"scale_offsets give each cluster its own scale.\nExpected a strategy that merges for a persona or for a "
+            f"cluster; {recipe.strategy} gives {len(group.personas)} personas one adapter. Leave `clusters` out."
+        )
+    return {**merges, "scale": scaled(merges["scale"], math.exp(by_cluster.get(labels[0], 0.0)))}
 
 
 def _experts(opened: Opened, recipe: Recipe, group: MergeGroup) -> tuple[ExpertRef, ...]:
@@ -124,7 +153,7 @@ def trained_folder(opened: Opened, recipe: Recipe, group: MergeGroup) -> str:
 def is_as_it_is(recipe: Recipe, experts: Sequence[ExpertRef]) -> bool:
     """Whether a row is an adapter as it is: one contributor at weight 1, unscaled, uncompressed."""
     plain = parse_scale(recipe.scale)[0] == 1.0 and recipe.rank in ("keep", "exact") and recipe.dtype is None
-    return plain and len(experts) == 1 and experts[0].weight == 1.0
+    return plain and recipe.scale_offsets is None and len(experts) == 1 and experts[0].weight == 1.0
 
 
 def merge_items(

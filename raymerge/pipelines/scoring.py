@@ -142,5 +142,6 @@ def _source(recipe: Recipe, as_it_is: AnswerSource, group: MergeGroup, merges: M
     task = merges.tasks[group.adapter]
     if not in_memory:
         return AnswerSource(persona, "adapter", location=task.folder)
-    mixed = recipe.rank == "exact" and recipe.method == "linear" and recipe.dtype is None
+    varies = "layers" in (recipe.scale_offsets or {})  # with the depth, which one weight in a mixture cannot
+    mixed = recipe.rank == "exact" and recipe.method == "linear" and recipe.dtype is None and not varies
     return AnswerSource(persona, "mixture" if mixed else "merge", merge=task)

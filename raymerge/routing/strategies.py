@@ -234,4 +234,5 @@ def route(strategy: str, parameters: Mapping[str, Any], inputs: RoutingInputs) -
     resolved = resolve_parameters(strategy, parameters)
     checked = check_inputs(inputs)
     rows, notes = STRATEGIES[strategy].function(resolved, checked)
-    return RoutingTable.build(checked.personas, rows, f"strategy {strategy}"), tuple(notes)
+    table = RoutingTable.build(checked.personas, rows, f"strategy {strategy}")
+    return replace(table, clusters=checked.clusters.labels if checked.clusters else None), tuple(notes)

@@ -47,13 +47,15 @@ class RoutingTable:
     """A validated routing table.
 
     personas: all, sorted, also those with an empty row. experts: names that row indices mean, sorted. rows: the
-    distinct rows. row_of: int32 (personas,), the row of each persona.
+    distinct rows. row_of: int32 (personas,), the row of each persona. clusters: persona -> label, where there are any;
+    it is no part of the file.
     """
 
     personas: tuple[str, ...]
     experts: tuple[str, ...]
     rows: tuple[Row, ...]
     row_of: NDArray[np.int32]
+    clusters: Mapping[str, str] | None = None
 
     @classmethod
     def from_rows(
@@ -106,7 +108,7 @@ class RoutingTable:
         names = unique_names([*self.personas, *personas], "persona")
         nothing = Row(np.zeros(0, dtype=np.int32), np.zeros(0))
         row_of = [self.row_of[self._position[name]] if name in self._position else len(self.rows) for name in names]
-        return RoutingTable(names, self.experts, (*self.rows, nothing), np.array(row_of, dtype=np.int32))
+        return RoutingTable(names, self.experts, (*self.rows, nothing), np.array(row_of, dtype=np.int32), self.clusters)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RoutingTable) and bool(self.to_arrow().equals(other.to_arrow()))

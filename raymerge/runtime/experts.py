@@ -14,6 +14,7 @@ from raymerge.adapters.formats import adapter_digest
 from raymerge.errors import AdapterError, MergeError, RaymergeError
 from raymerge.manifest import invalidate, is_complete, write_artefact
 from raymerge.merging.merge import WHOLE, merge
+from raymerge.merging.scale import by_depth
 from raymerge.runtime.bases import Described, base_digest, base_of_dora, describe, is_folder, need_base
 from raymerge.runtime.tasks import MergeTask
 
@@ -114,7 +115,8 @@ def _base(task: MergeTask, found: Mapping[str, Described]) -> str | None:
     for name, described in found.items():
         if described.dora:
             return base_of_dora(name, task.base)
-    is_mean = task.merges["method"] == "linear" and task.merges["scale"] == 1.0
+    merges = task.merges
+    is_mean = merges["method"] == "linear" and merges["scale"] == 1.0 and "scale_offsets" not in merges
     for name, described in found.items():
         if described.whole is not None and (is_folder(task.base) or not is_mean):
             why = f"stores {described.whole} whole, and its delta is what that adds to the base's"
@@ -131,7 +133,7 @@ def build(task: MergeTask, inputs: MergeInputs, cache: ExpertCache) -> LoraAdapt
         opened = [cache.read(e.name, e.location, digest=inputs.digests[e.name], base=inputs.base) for e in task.experts]
     return merge(
         opened,
-        [e.weight for e in task.experts],
+        [by_depth(e.weight, merges.get("scale_offsets", {}).get("layers", ())) for e in task.experts],
         method=merges["method"],
         rank=merges["rank"],
         scale=merges["scale"],

@@ -23,7 +23,7 @@ from raymerge.errors import ProjectError, unknown
 __all__ = [
     "DEFAULT_ENCODER", "GROUPINGS", "NOT_RUNS", "Clusters", "Embedding", "Evaluation", "Generation", "Grouping",
     "Hardware", "PersonaSource", "Project", "Search", "Section", "SplitNames", "SplitShares", "Training",
-    "load_project", "parse_size", "run_name_fault",
+    "load_project", "load_recipes", "parse_size", "run_name_fault",
 ]  # fmt: skip
 
 NOT_RUNS = ("plots", "report.html", "comparison.json", "tensorboard", "search")  # what else lies beside the runs
@@ -209,18 +209,41 @@ def load_project(location: str) -> Project:
     location = storage.resolve(os.getcwd(), location)
     if not storage.exists(location):
         raise ProjectError(f"{location}: there is no such project file.\n`raymerge init FOLDER` writes one.")
-    try:
-        value = yaml.safe_load(storage.read_bytes(location))
-    except yaml.YAMLError as error:
-        raise ProjectError(f"{location}: is not YAML.\n{error}") from error
-    if not isinstance(value, dict):
-        raise ProjectError(f"{location}: is not a project file.\nExpected keys such as base_model, adapters, recipes.")
-    value = _with_text_keys(value)
+    value = _read_mapping(location, "a project file.\nExpected keys such as base_model, adapters, recipes")
     workspace = storage.resolve(storage.parent(location), str(value.get("workspace", ".")))
     try:
         return Project(**{**value, "location": location, "workspace": workspace})
     except ValidationError as error:
         raise ProjectError(f"{location}: {_explain(error)}") from error
+
+
+def load_recipes(location: str) -> dict[str, Any]:
+    """Read a file of recipes, name -> recipe as a project file has it, such as a search's `best_recipe.yaml`.
+
+    Raises ProjectError if it is not there, is no such file, or a name cannot be a run's.
+    """
+    location = storage.resolve(os.getcwd(), location)
+    if not storage.exists(location):
+        raise ProjectError(f"{location}: there is no such file of recipes.")
+    expected = "a file of recipes.\nExpected names with a recipe each, such as `best: {strategy: top_k, k: 5}`"
+    value = _read_mapping(location, expected)
+    if not value or not all(isinstance(recipe, dict) for recipe in value.values()):
+        raise ProjectError(f"{location}: is not {expected}.")
+    for name in value:
+        if fault := run_name_fault(name):
+            raise ProjectError(f"{location}: {name!r} {fault}.")
+    return value
+
+
+def _read_mapping(location: str, expected: str) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(storage.read_bytes(location))
+    except yaml.YAMLError as error:
+        raise ProjectError(f"{location}: is not YAML.\n{error}") from error
+    if not isinstance(value, dict):
+        raise ProjectError(f"{location}: is not {expected}.")
+    read: dict[str, Any] = _with_text_keys(value)
+    return read
 
 
 def _with_text_keys(value: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 from raymerge import storage
 from raymerge.adapters.catalogue import Catalogue
 from raymerge.adapters.formats import format_of
-from raymerge.config import Project, load_project
+from raymerge.config import Project, load_project, load_recipes
 from raymerge.errors import AdapterError, ProjectError, RecipeError, did_you_mean, unknown
 from raymerge.personas import Personas, read_personas, source_of
 from raymerge.recipes import Recipe, parse_recipes
@@ -78,8 +78,8 @@ def open_project(
 ) -> Opened:
     """Read a project and check all that can be known before any work starts.
 
-    recipes: names to keep, all if empty. extra: a recipe given on the command line, as a mapping with its `name`.
-    start_from: overrides `training.start_from`.
+    recipes: names to keep, and files of others that stand in for the project's (`config.load_recipes`); all if empty.
+    extra: a recipe of the command line, as a mapping with its `name`. start_from: overrides `training.start_from`.
     Raises ProjectError, RecipeError, PersonaError, StorageError.
     """
     project = load_project(location)
@@ -88,12 +88,11 @@ def open_project(
         start = project.path(start).removeprefix(project.workspace.rstrip("/") + "/")
         project = project.model_copy(update={"training": project.training.model_copy(update={"start_from": start})})
     _refuse_vanishing_output(project)
-    parsed = parse_recipes(project.recipes, centred=project.embedding.centred)
+    written, recipes = _with_files(project, recipes)
     if extra is not None:
-        written = {k: v for k, v in extra.items() if k != "name"}
-        every = {**project.recipes, extra["name"]: written}
-        parsed = parse_recipes(every, centred=project.embedding.centred)
+        written = {**written, extra["name"]: {k: v for k, v in extra.items() if k != "name"}}
         recipes = (extra["name"],)
+    parsed = parse_recipes(written, centred=project.embedding.centred)
     for name in recipes:
         if name not in parsed:
             raise RecipeError(f"{location}: {unknown('recipe', name, parsed)}")
@@ -137,6 +136,19 @@ def check_experts(opened: Opened) -> None:
         if strangers:
             hint = did_you_mean(strangers[0], personas)
             raise RecipeError(f"recipe {recipe.name}: weights are given for {strangers[0]!r}, who is no persona.{hint}")
+
+
+def _with_files(project: Project, asked: Sequence[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The project's recipes as written and those of files among what is asked for, which are taken where both have a
+    name; and the names asked for."""
+    written: dict[str, Any] = dict(project.recipes)
+    names: list[str] = []
+    for one in asked:
+        is_file = one not in project.recipes and ("/" in one or one.endswith((".yaml", ".yml", ".json")))
+        found = load_recipes(one) if is_file else {}
+        written |= found
+        names += found or [one]
+    return written, tuple(names)
 
 
 def with_those_asked(chosen: Mapping[str, Recipe], known: Mapping[str, Recipe]) -> dict[str, Recipe]:

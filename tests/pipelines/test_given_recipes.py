@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from raymerge.errors import EvaluationError, RecipeError
+from raymerge.errors import EvaluationError, RaymergeError, RecipeError
 from raymerge.pipelines.compare import compare
 from raymerge.pipelines.evaluate import evaluate
 from raymerge.pipelines.merge import merge
@@ -99,3 +99,45 @@ def test_a_project_without_recipes_can_be_evaluated(project):
         evaluate(project, local=True)
     assert merge(project, extra={"strategy": "base"}, local=True) == 0
     assert evaluate(project, local=True) == 0
+
+
+def test_a_file_of_recipes_is_merged_like_recipes_of_the_project(project, monkeypatch):
+    written = {
+        "best": {"strategy": "cluster_average", "scale": {"match_norm": 1.2}, "rank": "exact"},
+        "chance": {"strategy": "random_k", "of": "best"},
+        "small": {"strategy": "own", "rank": 1},  # another one than the project's
+    }
+    folder = Path(project).parent
+    (folder / "best_recipe.yaml").write_text(yaml.safe_dump(written))
+    monkeypatch.chdir(folder)
+    assert merge(project, recipes=["best_recipe.yaml", "own"], local=True) == 0
+    assert {path.name for path in (folder / "runs").iterdir() if path.name[0] != "_"} == {*written, "own"}
+    assert recorded(project, "best")["scale"] == {"match_norm": 1.2}
+    assert recorded(project, "chance")["scale"] == {"match_norm": 1.2}
+    assert recorded(project, "small")["strategy"] == "own"
+    assert evaluate(project, recipes=[str(folder / "best_recipe.yaml")], local=True) == 0
+    assert evaluate(project, runs=["best"], local=True) == 0
+    means = [
+        json.loads((folder / "runs/best" / name / "summary.json").read_text())["mean"]
+        for name in ("evaluation", "evaluation_in_memory")
+    ]
+    assert means[0] == pytest.approx(means[1], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"x\.yaml: there is no such file of recipes"),
+        ("a: [", r"x\.yaml: is not YAML"),
+        ("strategy: own", r"x\.yaml: is not a file of recipes\.\nExpected names with a recipe each, such as `best"),
+        ("", r"x\.yaml: is not a file of recipes"),
+        ("../evil: {strategy: own}", r"x\.yaml: '\.\./evil' cannot be the name of a folder"),
+        ("a: {strategy: top_k, kk: 3}", r"recipe a: unknown parameter 'kk'"),
+    ],
+)
+def test_a_file_that_holds_no_recipes_is_refused(project, text, message):
+    location = Path(project).parent / "x.yaml"
+    if text is not None:
+        location.write_text(text)
+    with pytest.raises(RaymergeError, match=message):
+        merge(project, recipes=[str(location)], local=True)

@@ -1,4 +1,16 @@
-"""One entry of a search space, as written in the project file, and the parameters it stands for."""
+"""One entry of a search space, as written in the project file, and the parameters it stands for.
+
+    k: {min: 2, max: 30, log: true}                       # a range; `step: 2` instead of log for a grid
+    method: [linear, ties]                                # choices; {choices: [..], when: ..} with a condition
+    temperature: {min: 0.02, max: 1, when: {strategy: [top_k]}}
+    scale: {min: 0.5, max: 3, log: true}                  # times match_norm
+    weights: {experts: [ann, bob, eve]}                   # of strategy named: on the simplex, in a grid with a step
+    weights: {experts: [ann, bob], min: -1, max: 1}       # or free; `per: persona` for a set of each persona's own
+    scale_by_cluster: {max: 0.5, penalty: 1.0}            # offsets d from scale, a factor exp(d), |d| at most max
+    scale_by_layers: {groups: 3, max: 0.5, penalty: 1.0}  # spread over the depth of the model
+
+A parameter that only some of the tried strategies or methods have counts only there, whether or not `when` says so.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +90,7 @@ class Entry:
         """Raise ProjectError that names the entry."""
         refuse(self.location, self.name, text)
 
-    def keys(self, allowed: Sequence[str], expected: str) -> Mapping[str, Any]:
+    def keys(self, allowed: Sequence[str], expected: str = "a mapping") -> Mapping[str, Any]:
         """What is written, a mapping without unknown keys."""
         if not isinstance(self.written, Mapping):
             self.refuse(f"found {self.written!r}.\nExpected {expected}.")
@@ -95,7 +107,7 @@ class Entry:
             return self._offsets()
         kind = _kind(self.name)
         if isinstance(self.written, list) or (isinstance(self.written, Mapping) and "choices" in self.written):
-            given = self.written if isinstance(self.written, list) else self.keys(("choices", "when"), "")["choices"]
+            given = self.written if isinstance(self.written, list) else self.keys(("choices", "when"))["choices"]
             return [
                 Parameter(self.name, "choice", choices=self._choices(given), when=self._owners(), path=(self.name,))
             ]
@@ -105,12 +117,8 @@ class Entry:
                 "searched stands in search.recipe."
             )
         if kind == "choice":
-            self.refuse(f"is not a number and has no range.\nExpected a list of choices, such as [{self._example()}].")
+            self.refuse(f"is not a number, so it has no range: {dict(self.written)}.\nExpected a list of choices.")
         return [Parameter(self.name, kind, **self._range(kind), when=self._owners(), path=(self.name,))]
-
-    def _example(self) -> str:
-        registry: Mapping[str, Any] = {"strategy": SEARCHED, "method": METHODS}.get(self.name, {"true": 0, "false": 0})
-        return ", ".join(list(registry)[:3])
 
     def _choices(self, given: Any) -> tuple[Any, ...]:
         if not isinstance(given, list) or not given:

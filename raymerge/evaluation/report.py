@@ -11,11 +11,12 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from raymerge.evaluation import drawing, panels, plots, wording
+from raymerge.evaluation import drawing, panels, plots, search_panel, search_plots, wording
 from raymerge.evaluation.best import SERVED, Best
 from raymerge.evaluation.comparison import Comparison
 from raymerge.evaluation.exhibits import RoutingMap
 from raymerge.evaluation.rows import REGRESSION, Row, row_of
+from raymerge.evaluation.search_panel import Searched
 from raymerge.evaluation.terminal import terminal_table
 
 __all__ = ["render_report", "terminal_table"]
@@ -28,15 +29,20 @@ CLUSTERS_LISTED = 30
 PERSONAS_LISTED = 10
 
 
-def render_report(comparison: Comparison, *, title: str = "comparison") -> dict[str, bytes]:
-    """All files of the report by name: report.html, comparison.json and the figures as PNG.
+def render_report(
+    comparison: Comparison, *, title: str = "comparison", searched: Searched | None = None
+) -> dict[str, bytes]:
+    """All files of the report by name: report.html, comparison.json and the figures as PNG. searched: the project's
+    search, where there was one.
 
     Figures without data are left out: no clusters, no routing, no known times, no reference. The page stays below
     3 MB whatever the number of personas: points are thinned, maps are binned, texts are cut, and the page says so.
     """
     with drawing.styled():
         files = _pngs(comparison)
-        page = _page(comparison, title)
+        if searched:
+            files |= {f"{n}.png": drawing.png(figure) for n, figure in search_plots.search_figures(searched).items()}
+        page = _page(comparison, title, searched)
     files["report.html"] = page.encode("utf-8", "replace")
     files["comparison.json"] = encode_comparison(comparison)
     return files
@@ -74,7 +80,7 @@ def _shown_maps(comparison: Comparison) -> list[RoutingMap]:
     return ordered[:MAPS_SHOWN]
 
 
-def _page(comparison: Comparison, title: str) -> str:
+def _page(comparison: Comparison, title: str, searched: Searched | None) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("raymerge.evaluation"),
         autoescape=True,
@@ -88,7 +94,7 @@ def _page(comparison: Comparison, title: str) -> str:
     environment.filters["coded"] = _coded
     environment.filters["capital"] = lambda text: text[:1].upper() + text[1:]
     environment.filters["spoken"] = lambda recipe: json.dumps(recipe, sort_keys=True, default=str)
-    return environment.get_template("report.html").render(_context(comparison, title))
+    return environment.get_template("report.html").render(_context(comparison, title, searched))
 
 
 def _coded(text: str) -> Markup:
@@ -99,7 +105,7 @@ def _coded(text: str) -> Markup:
     )
 
 
-def _context(comparison: Comparison, title: str) -> dict[str, Any]:
+def _context(comparison: Comparison, title: str, searched: Searched | None) -> dict[str, Any]:
     verdict = comparison.verdict
     chosen = comparison.rows[comparison.row(verdict.row)] if verdict.row else None
     rows = {row.name: row for row in comparison.rows}
@@ -126,7 +132,9 @@ def _context(comparison: Comparison, title: str) -> dict[str, Any]:
         "regression": REGRESSION,
         "labels": labels[:CLUSTERS_LISTED],
         "labels_left_out": max(0, len(labels) - CLUSTERS_LISTED),
-        "figures": _svgs(comparison),
+        "figures": {**_svgs(comparison), "search": _search_svgs(searched) if searched else {}},
+        "search": search_panel.context(searched, comparison.reference) if searched else None,
+        "trials_drawn": search_plots.POINTS,
         "notes": comparison.notes[:NOTES_SHOWN],
         "notes_left_out": max(0, len(comparison.notes) - NOTES_SHOWN),
         "answers_shown": ANSWERS_SHOWN,
@@ -164,6 +172,21 @@ def _svgs(comparison: Comparison) -> dict[str, Any]:
     ]
     costs = plots.cost_figure(comparison)
     found["costs"] = _svg(costs, "Similarity of each row against the seconds it took") if costs else None
+    return found
+
+
+def _search_svgs(searched: Searched) -> dict[str, Any]:
+    labels = {
+        "search": "Score of each trial and the best so far",
+        "search_parallel": "Values of all parameters of each trial, and its score",
+        "search_front": "Similarity of trials, and of the winner at several ranks, against the bytes of an adapter",
+    }
+    figures = search_plots.search_figures(searched)
+    found: dict[str, Any] = {name: name in figures and _svg(figures[name], label) for name, label in labels.items()}
+    found["slices"] = [
+        _svg(search_plots.slice_figure(searched, [name], columns=1), f"Score of trials by {name}")
+        for name in searched.parameters[: search_plots.PANELS]
+    ]
     return found
 
 

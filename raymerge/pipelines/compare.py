@@ -14,6 +14,7 @@ from raymerge.errors import EvaluationError
 from raymerge.evaluation.comparison import Comparison
 from raymerge.evaluation.comparison import compare as compare_scores
 from raymerge.evaluation.scores import Costs, RunScores
+from raymerge.evaluation.search_panel import Searched, read_searched
 from raymerge.manifest import read_manifest
 from raymerge.pipelines.artefacts import Artefact, Artefacts
 from raymerge.pipelines.job import Timing, read_timings
@@ -25,10 +26,11 @@ NOT_RUNS = ("plots",)
 
 @dataclass(frozen=True)
 class Compared:
-    """A comparison and where its page lies."""
+    """A comparison, where its page lies, and the project's search, if there was one."""
 
     comparison: Comparison
     page: str
+    searched: Searched | None = None
 
 
 def compare_runs(location: str, runs: Sequence[str] = ()) -> Compared:
@@ -60,9 +62,11 @@ def compare_runs(location: str, runs: Sequence[str] = ()) -> Compared:
         unified_adapter=project.unified_adapter,
         recipes=project.recipes,
     )
-    for name, data in render_report(comparison, title=storage.name_of(project.workspace)).items():
+    searched = read_searched(project.search_folder())
+    title = storage.name_of(project.workspace)
+    for name, data in render_report(comparison, title=title, searched=searched).items():
         storage.write_bytes(storage.join(output, *(["plots"] if name.endswith(".png") else []), name), data)
-    return Compared(comparison, storage.join(output, "report.html"))
+    return Compared(comparison, storage.join(output, "report.html"), searched)
 
 
 def compare(location: str, *, runs: Sequence[str] = (), as_json: bool = False) -> int:
@@ -84,7 +88,7 @@ def show(compared: Compared) -> None:
     from raymerge.evaluation.terminal import terminal_table
 
     console = Console()
-    console.print(terminal_table(compared.comparison, console.width))
+    console.print(terminal_table(compared.comparison, console.width, compared.searched))
     console.print(f"Report: {compared.page}", soft_wrap=True, highlight=False)
 
 

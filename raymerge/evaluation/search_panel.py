@@ -10,7 +10,7 @@ from typing import Any
 
 from raymerge import storage
 from raymerge.errors import EvaluationError
-from raymerge.evaluation.wording import number, signed
+from raymerge.evaluation.wording import UNKNOWN, number, signed
 from raymerge.search.records import Trial
 from raymerge.search.results import SUMMARY, TRIALS, Summary, read_summary, read_trials
 

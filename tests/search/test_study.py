@@ -2,10 +2,9 @@
 
 import json
 import math
-import multiprocessing
-import os
 import random
-import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -98,7 +97,7 @@ def events(folder: str | Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("objectives", [("similarity",), ("similarity", "bytes", "experts")])
 @pytest.mark.parametrize("sampler", ["tpe", "cmaes", "random", "grid"])
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_a_search_cut_after_any_event_goes_on_as_the_undisturbed_one(
     sampler: str, objectives: tuple[str, ...], data: st.DataObject
@@ -120,21 +119,21 @@ def test_a_search_cut_after_any_event_goes_on_as_the_undisturbed_one(
 
 def test_a_search_whose_driver_is_killed_goes_on_as_the_undisturbed_one(tmp_path: Path) -> None:
     whole, trials = undisturbed("tpe", 0)
-    context = multiprocessing.get_context("fork")
-    for lines in (9, 30, 55):
-        driver = context.Process(target=lambda: finish(opened(wanted(), tmp_path)))
-        driver.start()
-        deadline = time.monotonic() + 60
+    drive = "import runpy, sys; t = runpy.run_path(sys.argv[1]); t['finish'](t['opened'](t['wanted'](), sys.argv[2]))"
+    for lines in (12, 45):
+        driver = subprocess.Popen([sys.executable, "-c", drive, __file__, str(tmp_path)])
+        deadline = time.monotonic() + 120
         while not (tmp_path / NAME).exists() or len((tmp_path / NAME).read_bytes().splitlines()) < lines:
             assert time.monotonic() < deadline
-        assert driver.pid is not None
-        os.kill(driver.pid, signal.SIGKILL)
-        driver.join()
+            assert driver.poll() is None
+        driver.kill()
+        driver.wait()
+        assert len((tmp_path / NAME).read_bytes()) < len(whole)
     assert finish(opened(wanted(), tmp_path)).trials == trials
     assert (tmp_path / NAME).read_bytes() == whole
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(
     stops=st.lists(st.lists(st.integers(0, 25), min_size=4, max_size=4), max_size=3),
     sampler=st.sampled_from(list(SPACES)),
@@ -157,6 +156,24 @@ def test_several_at_once_cut_anywhere_make_the_exact_count_and_lose_nothing(
         asked = [event["number"] for event in events(folder) if event["event"] == "ask"]
         settled = [event["number"] for event in events(folder) if event["event"] in ("tell", "fail")]
         assert asked == sorted(settled) == list(range(24))
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "cmaes", "random"])
+@settings(max_examples=6)
+@given(data=st.data())
+def test_a_search_opened_again_proposes_what_it_would_have_with_several_at_once(
+    sampler: str, data: st.DataObject
+) -> None:
+    with TemporaryDirectory() as folder:
+        study, search = opened(wanted(sampler), folder), wanted(sampler)
+        running: list[Trial] = []
+        for _ in range(data.draw(st.integers(1, 20))):
+            running.extend(trial for trial in [study.ask()] if trial)
+            if len(running) > 3:
+                carry_out(study, running.pop(data.draw(st.integers(0, 3))))
+        again = opened(search, folder)
+        assert [again.ask() for _ in running] == running
+        assert again.ask() == study.ask()
 
 
 def some_steps(study: Study, left: int) -> None:
@@ -191,6 +208,7 @@ def together(calls: list[Callable[[], object]]) -> None:
     assert not raised
 
 
+@settings(max_examples=6)
 @given(seed=st.integers(0, 3), reduction=st.sampled_from([2, 3, 4]))
 def test_a_trial_goes_on_while_it_is_among_the_best_of_those_that_came_so_far(seed: int, reduction: int) -> None:
     with TemporaryDirectory() as folder:
@@ -342,14 +360,16 @@ def test_what_was_noted_stands_though_it_would_not_be_proposed_now(tmp_path: Pat
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "cmaes"])
-def test_samplers_learn_from_what_they_are_told(tmp_path: Path, sampler: str) -> None:
-    """Against random points of the same number, by the mean of the last ten."""
-    means = {}
-    for name in (sampler, "random"):
-        study = finish(opened(wanted(name, space=NUMBERS, trials=50), tmp_path / name))
-        last = [figures(trial, 45).values["similarity"] for trial in study.trials[-10:]]
-        means[name] = sum(last) / 10
-    assert means[sampler] > means["random"] + 3
+def test_samplers_learn_though_nearly_all_trials_are_stopped(tmp_path: Path, sampler: str) -> None:
+    """By the mean of the last ten against that of the first ten; the best point is in a corner."""
+    space = {"temperature": {"min": 0.1, "max": 1, "log": True}, "scale": {"min": 1, "max": 10, "log": True}}
+    gains = []
+    for seed in range(3):
+        study = finish(opened(wanted(sampler, space=space, trials=50, reduction=50, seed=seed), tmp_path / str(seed)))
+        assert sum(trial.state == "complete" for trial in study.trials) < 8
+        found = [figures(trial, 45).values["similarity"] for trial in study.trials]
+        gains.append(sum(found[-10:]) / 10 - sum(found[:10]) / 10)
+    assert sum(gains) / 3 > 3  # random points: 1 in these three
 
 
 def test_other_objectives_are_made_small(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from raymerge import storage
 from raymerge.adapters import LoraAdapter
 from raymerge.adapters.formats import adapter_digest
 from raymerge.errors import AdapterError, MergeError, ModelError, StorageError
+from raymerge.merging.inputs import widest_dtype
 from raymerge.merging.merge import mixture_weights
 from raymerge.models.layers import linear_modules
 from raymerge.models.multilora import check_fits
@@ -27,11 +28,17 @@ UNUSABLE = (AdapterError, MergeError, ModelError, StorageError)  # fails one per
 @dataclass(frozen=True)
 class Answerer:
     """What answers for a persona: weights over resident adapters by their number, or the number of a resident prefix;
-    neither is the base. anchor: the adapter that what is merged was measured from, None for the base."""
+    neither is the base.
+
+    anchor: the adapter that what is merged was measured from, None for the base. nbytes: of the weights that would be
+    published for it, those of a mixture as one adapter of rank exact. experts: how many contribute.
+    """
 
     weights: Mapping[int, float] = field(default_factory=dict)
     prefix: int | None = None
     anchor: int | None = None
+    nbytes: int = field(default=0, compare=False)
+    experts: int = field(default=0, compare=False)
 
     def scaled(self, factor: float) -> Answerer:
         """What it adds to its anchor, or to the base, times a factor. Raises ModelError for a prefix."""
@@ -142,14 +149,15 @@ class _Loader:
     def load(self, source: AnswerSource) -> Answerer:
         """What answers for a persona, after adding what is new."""
         if source.kind == "prefix" and source.location is not None:
-            return Answerer(prefix=self._add_prefix(source.location, source.persona))
+            prefix = self._add_prefix(source.location, source.persona)
+            return Answerer(prefix=prefix, nbytes=self.prefixes[prefix].embeddings.nbytes, experts=1)
         if source.location is not None:
             adapter = self.cache.read(source.persona, source.location, base=source.base)
             place = _anchor_location(source) if self.anchors else None
-            own = self._add(source.location, adapter)
+            answerer = Answerer({self._add(source.location, adapter): 1.0}, nbytes=adapter.nbytes, experts=1)
             if place is None:
-                return Answerer({own: 1.0})
-            return Answerer({own: 1.0}, anchor=self._add(place, self.cache.read("anchor", place, base=source.base)))
+                return answerer
+            return replace(answerer, anchor=self._add(place, self.cache.read("anchor", place, base=source.base)))
         if source.merge is None:
             return Answerer()
         inputs = find_inputs(source.merge)
@@ -159,7 +167,8 @@ class _Loader:
             self._add(inputs.key, build(source.merge, inputs, self.cache))
         anchor = read_anchor(inputs, self.cache) if self.anchors else None
         number = None if anchor is None or inputs.anchor is None else self._add(inputs.anchor, anchor)
-        return Answerer({self._numbers[inputs.key]: 1.0}, anchor=number)
+        own = self._numbers[inputs.key]
+        return Answerer({own: 1.0}, None, number, self.adapters[own].nbytes, len(source.merge.experts))
 
     def _mixture(self, task: MergeTask, inputs: MergeInputs) -> Answerer:
         experts = [
@@ -169,11 +178,12 @@ class _Loader:
         shares, anchor_share = mixture_weights(experts, [e.weight for e in task.experts], task.merges["scale"], anchor)
         numbers = [self._add(e.location, adapter) for e, adapter in zip(task.experts, experts, strict=True)]
         row = dict(zip(numbers, shares, strict=True))
+        nbytes = exact_bytes([*experts, anchor] if anchor is not None and abs(anchor_share) > 1e-12 else experts)
         if anchor is None or inputs.anchor is None:
-            return Answerer(row)
+            return Answerer(row, nbytes=nbytes, experts=len(experts))
         number = self._add(inputs.anchor, anchor)
         row[number] = row.get(number, 0.0) + anchor_share
-        return Answerer(row, anchor=number)
+        return Answerer(row, None, number, nbytes, len(experts))
 
     def _add(self, identity: str, adapter: LoraAdapter) -> int:
         if identity not in self._numbers:
@@ -190,3 +200,16 @@ class _Loader:
             self._prefix_numbers[location] = len(self.prefixes)
             self.prefixes.append(prefix)
         return self._prefix_numbers[location]
+
+
+def exact_bytes(adapters: Sequence[LoraAdapter]) -> int:
+    """Bytes of the factors of a linear merge at rank exact, before it is made: ranks add up as far as a module's shape
+    allows, in the widest dtype there is. It is less where the adapters' factors depend on each other."""
+    ranks: dict[str, int] = {}
+    shapes: dict[str, tuple[int, int]] = {}
+    for adapter in adapters:
+        for path, header in adapter.headers.items():
+            ranks[path] = ranks.get(path, 0) + header.rank
+            shapes[path] = header.out_features, header.in_features
+    numbers = sum(min(rank, *shapes[path]) * sum(shapes[path]) for path, rank in ranks.items())
+    return numbers * widest_dtype(adapters).itemsize

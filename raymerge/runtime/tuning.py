@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import pyarrow as pa
@@ -37,7 +38,9 @@ class Shared:
 
 
 def tune_to_folder(task: TuneTask, worker: Any) -> dict[str, Any]:
-    """Write `similarity.parquet` (candidate, persona, example, similarity) unless it is there.
+    """Write `similarity.parquet` (candidate, persona, example, similarity) unless it is there, and in the manifest, for
+    each candidate by its label, means over personas: `bytes` of what would be published at factor 1, `experts` that
+    contribute.
 
     A persona for whom a candidate cannot be had is named and left out of all, so that all are compared on the same
     examples. Raises EvaluationError if two candidates have one label, or speak of different personas.
@@ -56,6 +59,7 @@ def tune_to_folder(task: TuneTask, worker: Any) -> dict[str, Any]:
     rows = [e for name in names if name not in failed for e in questions.examples[name]]
     prompter = Prompter(questions, rows, worker)
     found: dict[str, list[float]] = {}
+    answerers: dict[str, Mapping[str, Answerer]] = {}
     dropped = 0
     for group in groups:
         usable = [source for source in group.sources if source.persona not in failed]
@@ -64,9 +68,15 @@ def tune_to_folder(task: TuneTask, worker: Any) -> dict[str, Any]:
         failed |= unread
         scored, left_out = _try(task, worker, group.candidates, resident, rows, prompter)
         found |= scored
+        answerers |= {candidate.label: resident.answerers for candidate in group.candidates}
         dropped = max(dropped, left_out)
     table = _table(task.candidates, rows, found, failed)
     manifest: dict[str, Any] = {"failed": dict(sorted(failed.items()))}
+    kept = [name for name in names if name not in failed]
+    for figure, of in (("bytes", "nbytes"), ("experts", "experts")):
+        manifest[figure] = {
+            c.label: fmean(getattr(answerers[c.label][name], of) for name in kept) for c in task.candidates if kept
+        }
     if task.retrieval is not None:
         manifest["retrieval"] = {"dropped": dropped}
     write_artefact(task.folder, {TABLE: storage.encode_parquet(table)}, manifest, key)

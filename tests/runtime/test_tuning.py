@@ -13,6 +13,7 @@ from raymerge.adapters import LoraAdapter, load_adapter, save_adapter
 from raymerge.errors import EvaluationError
 from raymerge.manifest import read_manifest
 from raymerge.runtime import answering, sources
+from raymerge.runtime.experts import merge_to_folder
 from raymerge.runtime.tasks import AnswerSource, Candidate, EvaluateTask, Retrieval, TuneTask
 from raymerge.runtime.workers import ModelWorker
 from tests.runtime.conftest import ENCODER, NAMES, merge_task, source
@@ -50,7 +51,6 @@ def test_a_candidate_is_scored_as_its_merged_adapter(
     evaluate_task: EvaluateTask, tmp_path: Path,
 ) -> None:  # fmt: skip
     """The real merges at scale 0.9 * factor are written, evaluated, and must come to the same similarities."""
-    from raymerge.runtime.experts import merge_to_folder
 
     def merges(scale: float) -> dict[str, Any]:
         return {
@@ -124,6 +124,7 @@ def test_who_fails_once_is_left_out_everywhere_and_named(
     found = similarities(task.folder)
     assert {persona for rows in found.values() for persona, _, _ in rows} == {"ada", "cyd"}
     assert [len(rows) for rows in found.values()] == [4, 4]
+    assert manifest["bytes"]["a"] == sum(load_adapter(experts[name]).nbytes for name in ("ada", "cyd")) / 2
     assert worker.tune(task) == {"skipped": True, "failed": result["failed"]}
     other_base = (replace(whole[0], location=str(tmp_path / "narrow")), *whole[1:])
     result = worker.tune(replace(task, candidates=(Candidate("a", whole), Candidate("b", other_base))))
@@ -159,3 +160,42 @@ def test_candidates_that_cannot_be_compared_are_refused(
     ):
         with pytest.raises(EvaluationError, match=said):
             worker.tune(tune_task(evaluate_task, wrong, tmp_path / "tuning"))
+
+
+@pytest.mark.parametrize("anchor", ["none", "auto"])
+@pytest.mark.parametrize("widest", [5, 20])  # 20 and 3 are more than the 16 rows of a module
+def test_bytes_and_contributors_are_those_of_what_would_be_published(
+    anchor: str,
+    widest: int,
+    worker: ModelWorker,
+    saved: Callable[..., str],
+    evaluate_task: EvaluateTask,
+    tmp_path: Path,
+) -> None:
+    """Bytes of the real merges, written and read again."""
+    saved("start", 9, rank=1)
+    a, b = (saved(name, r, rank=r, started_from="adapters/start") for name, r in (("a", widest), ("b", 3)))
+    parts = {"ada": [("a", a, 0.6), ("b", b, 0.3)], "bob": [("a", a, 2.0)], "cyd": [("a", a, 0.5), ("b", b, 0.5)]}
+    wanted: dict[str, float] = {"base": 0, "own": load_adapter(b).nbytes}
+    candidates = [Candidate("base", tuple(AnswerSource(name, "base") for name in NAMES))]
+    candidates.append(Candidate("own", tuple(source(name, "adapter", b) for name in NAMES)))
+    for rank in ("exact", 2, {"energy": 0.9}):
+        merges = {n: merge_task(f"{n}-{rank}", p, tmp_path, rank=rank, anchor=anchor) for n, p in parts.items()}
+        kind = "mixture" if rank == "exact" else "merge"
+        candidates.append(Candidate(str(rank), tuple(source(n, kind, task) for n, task in merges.items())))
+        for one in merges.values():
+            merge_to_folder(one, worker.cache)
+        wanted[str(rank)] = sum(load_adapter(one.folder).nbytes for one in merges.values()) / 3
+    task = tune_task(evaluate_task, tuple(candidates), tmp_path / "tuning")
+    worker.tune(task)
+    manifest = read_manifest(task.folder)
+    assert manifest is not None
+    assert manifest["bytes"] == pytest.approx(wanted)
+    five_thirds = pytest.approx(5 / 3)
+    assert manifest["experts"] == {
+        "base": 0,
+        "own": 1,
+        "exact": five_thirds,
+        "2": five_thirds,
+        "{'energy': 0.9}": five_thirds,
+    }

@@ -186,7 +186,7 @@ def front_figure(searched: Searched) -> Figure | None:
     """Similarity against the bytes of an adapter: complete trials as points, and the winner at each rank as a line;
     None where no bytes are known."""
     trials = [trial for trial in drawn(searched) if trial.state == "complete" and adapter_bytes(trial)]
-    ranks = sorted(searched.summary.ranks, key=lambda rank: float(rank["bytes"]))
+    ranks = sorted((rank for rank in searched.summary.ranks if rank["bytes"]), key=lambda rank: float(rank["bytes"]))
     if not trials and not ranks:
         return None
     figure = Figure(figsize=(7.6, 3.6), layout="constrained")
@@ -207,10 +207,11 @@ def front_figure(searched: Searched) -> Figure | None:
         axes.annotate(str(rank["rank"]), place, (0, 9), textcoords="offset points", ha="center", fontsize=8.5)
     every = [*(adapter_bytes(trial) or 0 for trial in trials), *(rank["bytes"] for rank in ranks)]
     low, high = min(every) / 1.3, max(every) * 1.3
-    ticks = [2.0**power for power in range(60) if low <= 2.0**power <= high]
+    powers = [power for power in range(60) if low <= 2.0**power <= high]
+    ticks = [2.0**power for power in powers[:: max(1, -(-len(powers) // 7))]]
     axes.set_xlim(low, high)
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticks(ticks[:: -(-len(ticks) // 7) or 1], [size(tick) for tick in ticks[:: -(-len(ticks) // 7) or 1]])
+    axes.set_xticks(ticks, [size(tick) for tick in ticks])
     axes.margins(y=0.15)
     axes.set(xlabel="bytes of an adapter", ylabel="validation similarity × 100")
     bare(axes)

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from raymerge.config import Project
 from raymerge.errors import EvaluationError
 from raymerge.evaluation import drawing
 from raymerge.evaluation.comparison import Comparison, compare
@@ -24,10 +25,13 @@ from raymerge.evaluation.search_plots import (
     scale_of,
     slice_figure,
 )
+from raymerge.pipelines.compare import compare as compare_project
+from raymerge.search.choice import pareto_front
 from raymerge.search.records import Figures, Trial
 from raymerge.search.results import Summary, write_summary, write_trials
 from raymerge.search.space import Parameter, Space
 
+from ..pipelines.test_compare import project  # noqa: F401
 from .conftest import SOFT, recipe, run
 from .test_report import HOSTILE, Page
 
@@ -66,7 +70,10 @@ def make_trials(count: int = 30, ties: str = "ties") -> tuple[Trial, ...]:
 
 def make_search(trials: tuple[Trial, ...] | None = None, **changed) -> Searched:
     trials = make_trials() if trials is None else trials
-    best = max((trial for trial in trials if trial.state == "complete"), key=score).number
+    complete = [trial for trial in trials if trial.state == "complete"]
+    reached = [[trial.last.values["similarity"], trial.last.values["bytes"]] for trial in complete]
+    best = max(complete, key=score).number
+    front = tuple(complete[i].number for i in pareto_front(np.array(reached), [True, False]))
     ranks = tuple(
         {"rank": rank, "similarity": similarity, "bytes": size}
         for rank, similarity, size in ((8, 66.1, 3e4), (16, 67.9, 6e4), (32, 68.6, 12e4), ("exact", 69.3, 9e5))
@@ -80,8 +87,8 @@ def make_search(trials: tuple[Trial, ...] | None = None, **changed) -> Searched:
         )
     )
     summary = Summary(
-        best, best, best, 69.0, run="searched", test=68.2, beside=beside, optimism=0.42, front=(best, 0, 2),
-        ranks=ranks, log=("scale",), notes=("a note",),
+        best, best, best, 69.0, run="searched", test=68.2, beside=beside, optimism=0.42, front=front,
+        ranks=ranks, objectives=("similarity", "bytes"), log=("scale",), notes=("a note",),
         importances={"scale": 0.6, "k": 0.25, "method": 0.1, "rank": 0.04, "centred": 0.01, "density": 0.3},
     )  # fmt: skip
     return Searched(trials, dataclasses.replace(summary, **changed))
@@ -225,3 +232,16 @@ def test_a_search_is_read_from_its_folder(tmp_path: Path) -> None:
     write_summary(str(tmp_path), dataclasses.replace(written.summary, winner=failed))
     with pytest.raises(EvaluationError, match=f"chose trial {failed}, which is not complete"):
         read_searched(str(tmp_path))
+
+
+def test_compare_shows_the_search_of_its_project(project: Project, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    written, folder = make_search(), project.search_folder()
+    compare_project(project.location)
+    assert "Search: " not in capsys.readouterr().out
+    write_trials(folder, written.trials, SPACE)
+    write_summary(folder, written.summary)
+    compare_project(project.location)
+    assert f"Search: 30 trials; winner {written.summary.winner}: k " in capsys.readouterr().out
+    output = Path(folder).parent
+    assert b'<section id="search">' in (output / "report.html").read_bytes()
+    assert {file.name for file in (output / "plots").iterdir()} >= FIGURES

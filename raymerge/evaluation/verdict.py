@@ -122,7 +122,7 @@ def _is_control_of(control: Standing, row: Standing) -> bool:
     recipe = row.recipe
     routed = {"strategy": recipe["strategy"], **recipe.get("strategy_parameters", {})}
     shared = ["method", "method_parameters", "rank", "anchor", "retrieval"]
-    shared += [] if control.tuned and row.tuned else ["scale"]  # each at its own best scale is a fair fight
+    shared += [] if control.tuned else ["scale"]  # at its own best scale a control is as strong as it can be
     return _of(control.recipe) == routed and all(control.recipe.get(key) == recipe.get(key) for key in shared)
 
 

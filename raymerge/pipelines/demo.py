@@ -58,6 +58,7 @@ def project_file(quick: bool, clusters: int, *, all_rows: bool = False) -> bytes
         },
         "generation": {"prompt_format": "{prompt}", "max_new_tokens": 24},
         "hardware": {"cpus_per_model": 0.5, "cpus_per_merge": 0.5},
+        "search": _search(quick),
         "recipes": _recipes(5 if quick else 15),
     }
     if all_rows:
@@ -71,6 +72,22 @@ def project_file(quick: bool, clusters: int, *, all_rows: bool = False) -> bytes
             "recipes": _all_recipes(quick),
         }
     return ("# Written by `raymerge demo`.\n" + yaml.safe_dump(project, sort_keys=False)).encode()
+
+
+def _search(quick: bool) -> dict[str, Any]:
+    """What `raymerge search` tries: the strategies that ask neighbours, and how."""
+    return {
+        "recipe": {"strategy": "top_k", "rank": "exact"},
+        "space": {
+            "strategy": ["top_k", "sparse_moe", "soft"],
+            "k": {"min": 2, "max": 10 if quick else 40, "log": True},
+            "temperature": {"min": 0.02, "max": 1.0, "log": True},
+            "self_weight": {"min": 0.0, "max": 0.5},
+            "scale": {"min": 0.5, "max": 2.0, "log": True},
+            "centred": [True, False],
+        },
+        **({"smallest": 6} if quick else {}),
+    }
 
 
 def _recipes(k: int) -> dict[str, dict[str, Any]]:

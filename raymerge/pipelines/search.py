@@ -30,6 +30,8 @@ from raymerge.runtime.tune import search_here, search_on_ray
 from raymerge.search.space import Space, parse_space
 from raymerge.search.study import Study
 
+OF_CLUSTERS = ("scale_offsets", "clusters")  # where a recipe has the offsets that need clusters
+
 
 @dataclass(frozen=True)
 class Sought:
@@ -99,13 +101,13 @@ def prepare(opened: Opened, *, restart: bool, local: bool) -> Sought:
     opened.need_base("search")
     names = order_of(opened, section)
     rungs = subset_sizes(section, len(names), project.location)
-    space_of(opened, ("cluster_00", "cluster_01"))  # what is mistyped is said before anything is embedded
+    expected = space_of(opened, ("cluster_00", "cluster_01"))  # said before anything is embedded and labels are known
     if not {*opened.adapters, *project.experts}:
         raise AdapterError(
             f"{project.path(project.adapters)}: there is no adapter to search recipes of.\n"
             f"`raymerge run {project.location}` trains them."
         )
-    placed = placed_for(opened, local=local)
+    placed = placed_for(opened, expected, local=local)
     clusters = sorted(set((placed.clusters or {}).values()))
     space = space_of(opened, clusters)
     folder = project.search_folder()
@@ -126,9 +128,9 @@ def space_of(opened: Opened, clusters: list[str] | tuple[str, ...]) -> Space:
     )  # fmt: skip
 
 
-def placed_for(opened: Opened, *, local: bool) -> Placed:
+def placed_for(opened: Opened, space: Space, *, local: bool) -> Placed:
     """Where everybody is, as far as some strategy of the space asks; embedded now if it was not done before."""
-    placing = _placing(opened)
+    placing = _placing(opened, space)
     check_placing(opened, placing, refit=False)
     if placing.embeddings and not embeddings_are_there(opened, placing.experts):
         items = embedding_items(opened, placing.experts, {})
@@ -138,13 +140,11 @@ def placed_for(opened: Opened, *, local: bool) -> Placed:
     return place(opened, placing, refit=False)
 
 
-def _placing(opened: Opened) -> Placing:
-    section = opened.project.search
-    base = section.recipe if isinstance(section.recipe, Mapping) else opened.project.recipes[section.recipe]
-    tried = section.space.get("strategy", base.get("strategy"))
-    strategies = tried if isinstance(tried, list | tuple) else [tried]
-    needs = frozenset().union(*(STRATEGIES[str(strategy)].needs for strategy in strategies))
-    clusters = "clusters" in needs or "scale_by_cluster" in section.space
+def _placing(opened: Opened, space: Space) -> Placing:
+    searched = {parameter.name: parameter for parameter in space.parameters}
+    tried = searched["strategy"].choices if "strategy" in searched else (space.base["strategy"],)
+    needs = frozenset().union(*(STRATEGIES[str(strategy)].needs for strategy in tried))
+    clusters = "clusters" in needs or any(parameter.path[:2] == OF_CLUSTERS for parameter in space.parameters)
     embedded = "embeddings" in needs or (clusters and opened.project.clusters.file is None)
     return Placing(experts=opened.adapters, embeddings=embedded, clusters=clusters)
 

@@ -63,7 +63,7 @@ class Live:
         if self._live is not None:
             self._live.stop()
             self._live = None
-        print(f"search: {self.status()}; {'stopped' if error else 'finished'}", file=self._stream, flush=True)
+        self.say(f"{self.status()}; {'stopped' if error else 'finished'}")
 
     def begun(self, trial: Trial) -> None:
         """A trial was handed out."""
@@ -78,7 +78,14 @@ class Live:
         self._trials[trial.number] = trial
         self._ended += 1
         if self._live is None:
-            print(f"search: {trial_text(trial)}; {self.status()}", file=self._stream, flush=True)
+            self.say(f"{trial_text(trial)}; {self.status()}")
+
+    def say(self, text: str) -> None:
+        """A line of its own: a worker that was lost, an item that is tried again."""
+        if self._live is not None:
+            self._live.console.print(f"search: {text}", markup=False, highlight=False)
+        else:
+            print(f"search: {text}", file=self._stream, flush=True)
 
     def status(self) -> str:
         """Finished of all, best so far, rate, time left: '12/60 trials, best 71.3 (trial 9), 240/h, 12:00 left'."""

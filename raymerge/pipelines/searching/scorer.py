@@ -7,7 +7,6 @@ found there; the worker compares the digests of the adapters themselves. No merg
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -71,10 +70,7 @@ class RecipeScorer:
         """As `score`, for any recipe. penalty: see `Figures`."""
         parts = self.parts(recipe, rung)
         new = {place: task for place, task in parts.items() if place not in self.known}
-        items = [
-            Item(f"search/{storage.name_of(place)}/{uuid.uuid4().hex[:12]}", "model", "tune", task)
-            for place, task in new.items()
-        ]
+        items = [Item(f"search/{storage.name_of(place)}", "model", "tune", task) for place, task in new.items()]
         outcomes = carry_out(items) if items else []
         answers = 0
         for place, outcome in zip(new, outcomes, strict=True):

@@ -1,0 +1,104 @@
+"""Scoring the points of a search: what a trial asks, and the actor that answers all of them."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from raymerge.errors import PoolError, RaymergeError, StorageError
+from raymerge.runtime.events import Item, Outcome
+from raymerge.runtime.held import HeldWorkers
+from raymerge.runtime.host import describe
+from raymerge.runtime.kinds import WorkerKind
+from raymerge.runtime.progress import Progress
+from raymerge.search.records import Figures
+
+CarryOut = Callable[[Sequence[Item]], Sequence[Outcome]]
+
+
+class Scorer(Protocol):
+    """Scores points of the space; picklable. rungs: nested numbers of personas, ascending, the last is all."""
+
+    @property
+    def rungs(self) -> Sequence[int]:
+        """Numbers of personas."""
+        ...
+
+    def score(self, values: Mapping[str, Any], rung: int, carry_out: CarryOut) -> Figures:
+        """Figures of a point on the first `rungs[rung]` personas, by items that `carry_out` settles.
+
+        Called from several threads. PoolError and StorageError end the search, since no other point would fare better;
+        what else is raised fails the trial.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of scoring a rung: figures, or why this point cannot be scored, or why no point can be any more.
+
+    said: what happened to the workers since the last answer.
+    """
+
+    figures: Figures | None = None
+    error: str | None = None
+    over: RaymergeError | None = None
+    said: tuple[str, ...] = ()
+
+
+class Told(Progress):
+    """Shows nothing, and passes on what would be said."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        super().__init__("", quiet=True)
+        self._tell = tell
+
+    def say(self, text: str) -> None:
+        """Pass a line on."""
+        self._tell(text)
+
+
+def answer(scorer: Scorer, values: Mapping[str, Any], rung: int, carry_out: CarryOut) -> Answer:
+    """Score a point; what is raised is part of the answer."""
+    try:
+        return Answer(figures=scorer.score(values, rung, carry_out))
+    except (PoolError, StorageError) as error:
+        return Answer(over=error)
+    except Exception as error:
+        return Answer(error=describe(error))
+
+
+class Broker:
+    """Holds the scorer and its workers for all trials. Made once, called by many of them at the same time.
+
+    options: of `HeldWorkers`. What was scored is kept, so that a trial whose process died gets it again, and one that
+    asks while its first question is still being worked on waits for the same answer.
+    """
+
+    def __init__(self, scorer: Scorer, kinds: Sequence[WorkerKind], options: Mapping[str, Any]) -> None:
+        self._said: deque[str] = deque()
+        self._scorer = scorer
+        self._workers = HeldWorkers(kinds, progress=Told(self._said.append), **options)
+        self._lock = threading.Lock()
+        self._answers: dict[tuple[int, int], Future[Answer]] = {}
+
+    def ready(self) -> None:
+        """It is up, once this returns."""
+
+    def score(self, number: int, values: Mapping[str, Any], rung: int) -> Answer:
+        """The answer to a trial's question, by the trial's number and the rung."""
+        with self._lock:
+            known = self._answers.get((number, rung))
+            promised = known or self._answers.setdefault((number, rung), Future())
+        if known is None:
+            promised.set_result(answer(self._scorer, values, rung, self._workers.carry_out))
+        found = promised.result()
+        return replace(found, said=tuple(self._said.popleft() for _ in range(len(self._said))))
+
+    def close(self) -> None:
+        """End the workers."""
+        self._workers.close()

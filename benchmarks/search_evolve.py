@@ -121,8 +121,10 @@ def _start(asked: Asked, ready: Any) -> None:
 
 
 def _make_models(asked: Asked, adapters: Sequence[str]) -> None:
+    import transformers
     from mergekit.common import ModelReference
 
+    transformers.utils.logging.disable_progress_bar()
     for adapter in adapters:
         ModelReference.parse(f"{asked.base}+{adapter}").merged(_cache(asked))
 

@@ -85,7 +85,7 @@ class Bench:
 
 
 def make_world(folder: Path, source: Path | None) -> None:
-    """A copy of a demo world, or a quick one; with a space to search."""
+    """A copy of a demo world, or a quick one; with a space to search where its project has none."""
     if source is None:
         print("making a world ...", flush=True)
         command = [sys.executable, "-m", "raymerge.cli", "demo", "--quick", "--out", str(folder)]
@@ -95,12 +95,13 @@ def make_world(folder: Path, source: Path | None) -> None:
         shutil.copytree(source, folder, ignore=known)
     location = folder / "raymerge.yaml"
     project = yaml.safe_load(location.read_text())
-    personas = len(list((folder / "adapters").iterdir()))
-    space = {
-        "strategy": ["top_k", "sparse_moe"],
-        "k": {"min": 2, "max": min(30, personas - 2), "log": True},
+    space = {  # of a demo's project, for one that was made before it had any
+        "strategy": ["top_k", "sparse_moe", "soft"],
+        "k": {"min": 2, "max": 40, "log": True},
         "temperature": {"min": 0.02, "max": 1.0, "log": True},
-        "scale": {"min": 0.5, "max": 3.0, "log": True},
+        "self_weight": {"min": 0.0, "max": 0.5},
+        "scale": {"min": 0.5, "max": 2.0, "log": True},
+        "centred": [True, False],
     }
-    project["search"] = {"recipe": {"strategy": "top_k", "self_weight": 0}, "space": space}
+    project.setdefault("search", {"recipe": {"strategy": "top_k", "rank": "exact"}, "space": space})
     location.write_text(yaml.safe_dump(project, sort_keys=False))

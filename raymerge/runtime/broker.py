@@ -17,6 +17,8 @@ from raymerge.runtime.kinds import WorkerKind
 from raymerge.runtime.progress import Progress
 from raymerge.search.records import Figures
 
+START_S = 30.0  # that the first answers wait for the processes of other trials, at most
+
 CarryOut = Callable[[Sequence[Item]], Sequence[Outcome]]
 
 
@@ -85,12 +87,22 @@ class Broker:
         self._workers = HeldWorkers(kinds, progress=Told(self._said.append), **options)
         self._lock = threading.Lock()
         self._answers: dict[tuple[int, int], Future[Answer]] = {}
+        self._begun = threading.Event()
 
     def ready(self) -> None:
         """It is up, once this returns."""
 
+    def begin(self) -> None:
+        """As many trials are up as there are to be at once: answer them.
+
+        A trial that ended before would leave its process to one whose own is still starting. Tune would then end that
+        one and start another, for as long as a trial is shorter than the start of a process.
+        """
+        self._begun.set()
+
     def score(self, number: int, values: Mapping[str, Any], rung: int) -> Answer:
         """The answer to a trial's question, by the trial's number and the rung."""
+        self._begun.wait(START_S)
         with self._lock:
             known = self._answers.get((number, rung))
             promised = known or self._answers.setdefault((number, rung), Future())

@@ -13,7 +13,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from raymerge.errors import PoolError
@@ -91,10 +91,11 @@ def search_on_ray(
             return bool(noted) or course.over is not None
 
         try:
-            ray.get(broker.ready.remote())
+            _wait_for(ray, broker)
             _tuner(ray, course, broker, len(scorer.rungs), at_once, folder, ended).fit()
             if not ended():
-                ray.get(broker.close.remote(), timeout=GRACE_S)
+                with suppress(ray.exceptions.RayError):  # all is scored: a slow farewell is no failure
+                    ray.get(broker.close.remote(), timeout=GRACE_S)
         finally:
             ray.kill(broker)
     if noted:
@@ -108,6 +109,13 @@ def _broker(ray: Any, at_once: int, arguments: tuple[Any, ...]) -> Any:
     strategy = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=True)
     options = {"num_cpus": 0, "max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": strategy}
     return ray.remote(Broker).options(max_concurrency=2 * at_once + 2, **options).remote(*arguments)
+
+
+def _wait_for(ray: Any, broker: Any) -> None:
+    try:
+        ray.get(broker.ready.remote())
+    except ray.exceptions.RayError as error:
+        raise PoolError(f"the process that is to hold the search's workers does not start\n{error}") from error
 
 
 def _tuner(
@@ -141,6 +149,11 @@ def _tuner(
             ends = course.kept(lambda: course.report(now, result["rung"], result["answer"]), True)
             return str(self.STOP if ends else self.CONTINUE)
 
+    class Starting(_Here, tune.Callback):  # type: ignore[misc]
+        def on_trial_start(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
+            if all(one.status != one.PENDING for one in trials if one is not trial):
+                broker.begin.remote()
+
     class Stopping(_Here, tune.Stopper):  # type: ignore[misc]
         def __call__(self, trial_id: str, result: Any) -> bool:
             return False
@@ -155,7 +168,9 @@ def _tuner(
             search_alg=Asking(), scheduler=Reporting(), num_samples=-1, max_concurrent_trials=at_once,
             reuse_actors=True, trial_dirname_creator=lambda trial: str(trial.trial_id),
         ),
-        run_config=tune.RunConfig(name="search", storage_path=folder, stop=Stopping(), verbose=0),
+        run_config=tune.RunConfig(
+            name="search", storage_path=folder, callbacks=[Starting()], stop=Stopping(), verbose=0
+        ),
     )  # fmt: skip
 
 

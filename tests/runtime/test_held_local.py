@@ -1,19 +1,29 @@
-"""Workers of this process that stay up between calls."""
+"""Workers of this process that stay up between calls, and a search on them."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raymerge.config.search import Search
 from raymerge.errors import AdapterError, ModelError, PoolError
+from raymerge.runtime.broker import CarryOut
 from raymerge.runtime.events import Item
 from raymerge.runtime.held import HeldWorkers
 from raymerge.runtime.kinds import WorkerKind
 from raymerge.runtime.local import run_local
+from raymerge.runtime.tune import search_here
+from raymerge.search.records import Figures, Trial
+from raymerge.search.space import parse_space
+from raymerge.search.study import Study
 
 
 class Counter:
@@ -112,3 +122,58 @@ def test_after_an_interrupt_or_the_end_nothing_is_begun():
         pass
     with pytest.raises(PoolError, match="the pool is closed"):
         workers.carry_out(counts("b"))
+
+
+class Scores:
+    """Scores by the worker, which counts. interrupted: the call at which somebody presses Ctrl-C."""
+
+    rungs = (5, 15, 45)
+
+    def __init__(self, interrupted: int | None = None) -> None:
+        self.calls = 0
+        self.interrupted = interrupted
+
+    def score(self, values: Mapping[str, Any], rung: int, carry_out: CarryOut) -> Figures:
+        self.calls += 1
+        [outcome] = carry_out([Item("a", "m", "interrupt" if self.calls == self.interrupted else "count", values)])
+        assert outcome.error is None
+        return Figures(self.rungs[rung], {"similarity": 70 - (values["temperature"] - 0.3) ** 2})
+
+
+class Silent:
+    def begun(self, trial: Trial) -> None: ...
+    def reported(self, trial: Trial) -> None: ...
+    def finished(self, trial: Trial) -> None: ...
+    def say(self, text: str) -> None: ...
+
+
+def opened(folder: Path) -> Study:
+    search = Search(space={"temperature": {"min": 0.02, "max": 1}}, trials=10, sampler="tpe")
+    counted = {f"p{i}": 60 for i in range(45)}
+    space = parse_space(search, {}, "raymerge.yaml", validation=counted, centred=True)
+    return Study(space, search, Scores.rungs, str(folder), "sha256:0")
+
+
+@pytest.mark.parametrize("call", [1, 2, 7])
+def test_a_search_that_is_interrupted_goes_on_as_if_it_had_not_been(tmp_path: Path, call: int):
+    def search(name: str, scorer: Scores) -> Study:
+        study = opened(tmp_path / name)
+        search_here(study, scorer, KINDS, may_go_on=lambda: True, watch=Silent())
+        return study
+
+    whole = search("whole", first := Scores())
+    with pytest.raises(KeyboardInterrupt):
+        search("cut", Scores(interrupted=call))
+    study = search("cut", rest := Scores())
+    assert study.trials == whole.trials
+    assert study.finished == 10
+    assert rest.calls == first.calls - (call - 1)
+
+
+def test_a_search_here_loads_neither_ray_nor_optuna_before_it_begins():
+    code = """
+import sys
+import raymerge.runtime.tune, raymerge.runtime.held
+assert not {"ray", "torch", "optuna", "rich"} & set(sys.modules), sorted(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

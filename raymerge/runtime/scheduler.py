@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from raymerge.errors import PoolError
@@ -226,6 +227,7 @@ class Scheduler:
         id = outcome.item_id
         lane = self._lanes[self._items[id].kind]
         self._outcomes[id] = outcome
+        self._items[id] = replace(self._items[id], payload=None)  # held workers settle items for days
         lane.fruitless = 0
         if outcome.error is None:
             lane.done += 1

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +12,7 @@ from raymerge.errors import PoolError, RaymergeError
 from raymerge.pipelines.checking.adapters import Bank, check_adapters, read_bank
 from raymerge.pipelines.checking.finding import Finding, Section, Sign, worst
 from raymerge.pipelines.opening import Opened, open_project
+from raymerge.runtime.progress import passing_line
 
 if TYPE_CHECKING:
     from raymerge.models.base import BaseModel
@@ -72,7 +72,7 @@ def check(location: str, *, model: bool = False, as_json: bool = False, local: b
 def checked(location: str, *, model: bool = False, local: bool = False) -> Checked:
     """What `check` prints, as data."""
     opened = open_project(location)
-    with _progress() as say:
+    with passing_line() as say:
         bank = read_bank(opened.project, opened.adapters, say)
         say("the base's shapes")
         base, unknown = _base(opened)
@@ -228,16 +228,3 @@ def _workers(opened: Opened, local: bool) -> tuple[dict[str, int], tuple[str, ..
         return {kind.name: kind.count or 1 for kind in kinds}, ("workers as the project counts them",)
     counts = {kind.name: max(kind.count or 0, plan.counts[kind.name]) for kind in kinds}
     return counts, (f"as many workers as fit on {os.cpu_count()} CPUs; a Ray cluster has more",)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """A line that is gone at the end, where somebody watches."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda text: None
-        return
-    with console.status("looking") as status:
-        yield status.update

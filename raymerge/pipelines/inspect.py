@@ -13,6 +13,7 @@ from raymerge.errors import ModelError, RaymergeError
 from raymerge.pipelines.inspection.adapter import Inspected, inspect_adapter, with_weights_read
 from raymerge.pipelines.inspection.groups import Group, group
 from raymerge.pipelines.inspection.places import find_adapters
+from raymerge.runtime.progress import passing_line
 
 if TYPE_CHECKING:
     from raymerge.pipelines.inspection.similarity import Similarity
@@ -87,7 +88,7 @@ def inspection(
         weights = BaseWeights(place)
     adapters = []
     places = find_adapters(given)
-    with _progress() as say:
+    with passing_line() as say:
         with _one_thread():
             for number, (name, location) in enumerate(places.items(), 1):
                 say(f"adapter {number} of {len(places)}")
@@ -166,16 +167,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """A line that is gone at the end, where somebody watches."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda text: None
-        return
-    with console.status("looking") as status:
-        yield status.update

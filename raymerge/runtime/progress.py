@@ -6,7 +6,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
@@ -217,6 +218,19 @@ class Progress:
         below.append(f"{clock_text(now - self._started)} elapsed")
         dim = [Text(f"  {line}", style="dim", no_wrap=True, overflow="ellipsis") for line in below]
         return Group(grid, *dim, *(Text(f"  {line}", no_wrap=True, overflow="ellipsis") for line in self._lines))
+
+
+@contextmanager
+def passing_line() -> Iterator[Callable[[str], None]]:
+    """A line on standard error that says what is looked at and is gone at the end; nothing where nobody watches."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda text: None
+        return
+    with console.status("looking") as status:
+        yield status.update
 
 
 def _left(kind: KindState) -> int:

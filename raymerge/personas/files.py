@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import product
@@ -114,17 +114,23 @@ def _read_lines(path: Path, columns: Mapping[str, str]) -> pa.Table | None:
 
 def _json_rows(path: Path, location: str, columns: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
     with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{location}:{number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise PersonaError(f"{where}: is not a line of JSON.\n{error}") from error
-            if not isinstance(row, dict):
-                raise PersonaError(f"{where}: is not a JSON object.\nExpected {', '.join(columns.values())}.")
-            yield where, row
+        yield from json_rows(file, location, f"Expected {', '.join(columns.values())}.")
+
+
+def json_rows(lines: Iterable[str | bytes], location: str, expected: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Objects of JSON lines, each with its place for a message; blank lines count only there. expected: what an object
+    holds, as a sentence. Raises PersonaError with location and line for anything else."""
+    for number, line in enumerate(lines, start=1):
+        where = f"{location}:{number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise PersonaError(f"{where}: is not a line of JSON.\n{error}") from error
+        if not isinstance(row, dict):
+            raise PersonaError(f"{where}: is not a JSON object.\n{expected}")
+        yield where, row
 
 
 def _read_parquet(path: Path, location: str, columns: Mapping[str, str]) -> pa.Table:

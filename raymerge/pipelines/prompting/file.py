@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -10,6 +9,7 @@ from typing import Any, get_args
 from raymerge import storage
 from raymerge.errors import PersonaError, StorageError, unknown
 from raymerge.personas import Split
+from raymerge.personas.files import json_rows
 
 COLUMNS = ("prompt", "response", "capability", "persona", "split")
 ENDINGS = (".jsonl", ".parquet", ".txt")
@@ -55,19 +55,10 @@ def _rows(location: str) -> Iterator[tuple[Prompt, str | None]]:
         for number, row in enumerate(table.to_pylist(), 1):
             yield _prompt(row, f"{location}: row {number}")
         return
-    for number, line in enumerate(_lines(location), 1):
-        where = f"{location}:{number}"
-        if not line.strip():
-            continue
-        if location.endswith(".txt"):
-            yield Prompt(line.strip()), None
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise PersonaError(f"{where}: is not a line of JSON.\n{error}") from error
-        if not isinstance(row, dict):
-            raise PersonaError(f"{where}: is not a JSON object.\n{_EXPECTED}")
+    if location.endswith(".txt"):
+        yield from ((Prompt(line.strip()), None) for line in _lines(location) if line.strip())
+        return
+    for where, row in json_rows(_lines(location), location, _EXPECTED):
         _check_columns(row, where)
         yield _prompt(row, where)
 

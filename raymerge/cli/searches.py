@@ -53,6 +53,8 @@ def search(
                 local=local,
             )
         )  # fmt: skip
+    if prompts is not None or base is not None or negative:
+        raise ProjectError("search: --prompts, --base and --negative go with --fuse.\nA project file says the rest.")
     if len(given) != 1:
         raise ProjectError(f"search: takes one project file; found {len(given)}.\nWith --fuse it takes adapters.")
     from raymerge.pipelines.search import search as pipeline

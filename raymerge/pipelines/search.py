@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import ValidationError
 
 from raymerge import storage
+from raymerge.adapters.formats import adapter_digest, format_of
 from raymerge.config import Search
-from raymerge.errors import AdapterError, EvaluationError, ProjectError
+from raymerge.errors import AdapterError, EvaluationError, ProjectError, RankError, unknown
 from raymerge.manifest import content_digest
+from raymerge.merging.rank import parse_rank
 from raymerge.pipelines.compare import compare_runs
 from raymerge.pipelines.job import carry_out, finish, worker_kinds
 from raymerge.pipelines.opening import Opened, base_location, open_project
@@ -22,8 +25,10 @@ from raymerge.pipelines.searching import winner
 from raymerge.pipelines.searching.chosen import Chosen, beside_others, choose, score_at_ranks, show, write_results
 from raymerge.pipelines.searching.live import Live
 from raymerge.pipelines.searching.scorer import RecipeScorer, order_of, subset_sizes
+from raymerge.routing.named import experts_in
 from raymerge.routing.strategies import STRATEGIES
 from raymerge.runtime.bases import base_digest
+from raymerge.runtime.connection import connected
 from raymerge.runtime.held import HeldWorkers
 from raymerge.runtime.kinds import WorkerKind
 from raymerge.runtime.tune import search_here, search_on_ray
@@ -55,27 +60,29 @@ def search(
     """
     opened = with_settings(open_project(location), settings or {})
     winner.check_names(opened, opened.project.recipes)
-    chosen, sought = find(opened, restart=restart, local=local)
-    rows, notes = winner.rows_of(opened, chosen.written)
-    result = winner.score_on_test(opened, rows, local=local)
+    with nullcontext() if local else connected():  # once for all that follows
+        chosen, sought = find(opened, restart=restart, local=local)
+        rows, notes = winner.rows_of(opened, chosen.written)
+        result = winner.score_on_test(opened, rows, local=local)
     beside = winner.beside(opened, winner.evaluated_runs(opened))
     chosen = beside_others(chosen, winner.test_score(opened), beside, notes)
     write_results(sought.scorer, sought.study, chosen)
     show(chosen, opened.project)
-    compare_runs(location)
+    if winner.evaluated_runs(opened):
+        print(f"Report: {compare_runs(location).page}", flush=True)
     return finish(result)
 
 
 def find(opened: Opened, *, restart: bool, local: bool) -> tuple[Chosen, Sought]:
     """Search, choose, and write what was found, so far without test scores."""
-    sought = prepare(opened, restart=restart, local=local)
-    run_trials(sought, local=local)
-    chosen = choose(sought.scorer, sought.study)
-    write_results(sought.scorer, sought.study, chosen)
-    with _held(sought, local=local) as held:
-        ranks = score_at_ranks(sought.scorer, chosen, held.carry_out)
-    chosen = replace(chosen, summary=replace(chosen.summary, ranks=ranks))
-    write_results(sought.scorer, sought.study, chosen)
+    with nullcontext() if local else connected():
+        sought = prepare(opened, restart=restart, local=local)
+        run_trials(sought, local=local)
+        chosen = choose(sought.scorer, sought.study)
+        write_results(sought.scorer, sought.study, chosen)
+        with _held(sought, local=local) as held:
+            chosen = score_at_ranks(sought.scorer, chosen, held.carry_out)
+        write_results(sought.scorer, sought.study, chosen)
     return chosen, sought
 
 
@@ -99,6 +106,7 @@ def prepare(opened: Opened, *, restart: bool, local: bool) -> Sought:
     """
     project, section = opened.project, opened.project.search
     opened.need_base("search")
+    _check_ranks(section, project.location)
     names = order_of(opened, section)
     rungs = subset_sizes(section, len(names), project.location)
     expected = space_of(opened, ("cluster_00", "cluster_01"))  # said before anything is embedded and labels are known
@@ -110,6 +118,7 @@ def prepare(opened: Opened, *, restart: bool, local: bool) -> Sought:
     placed = placed_for(opened, expected, local=local)
     clusters = sorted(set((placed.clusters or {}).values()))
     space = space_of(opened, clusters)
+    check_adapters(opened, space, clusters)
     folder = project.search_folder()
     scorer = RecipeScorer(opened, placed, space, names, rungs, storage.join(folder, "evaluations"))
     study = Study(space, section, rungs, folder, inputs_digest(opened, placed, names), restart=restart)
@@ -141,22 +150,53 @@ def placed_for(opened: Opened, space: Space, *, local: bool) -> Placed:
 
 
 def _placing(opened: Opened, space: Space) -> Placing:
-    searched = {parameter.name: parameter for parameter in space.parameters}
-    tried = searched["strategy"].choices if "strategy" in searched else (space.base["strategy"],)
-    needs = frozenset().union(*(STRATEGIES[str(strategy)].needs for strategy in tried))
+    needs = needs_of_space(space)
     clusters = "clusters" in needs or any(parameter.path[:2] == OF_CLUSTERS for parameter in space.parameters)
     embedded = "embeddings" in needs or (clusters and opened.project.clusters.file is None)
     return Placing(experts=opened.adapters, embeddings=embedded, clusters=clusters)
 
 
+def needs_of_space(space: Space) -> frozenset[str]:
+    """What the strategies of a space need, see `routing.strategies.Strategy`."""
+    searched = next((one for one in space.parameters if one.name == "strategy"), None)
+    tried = searched.choices if searched and not searched.when else space.tried("strategy")
+    return frozenset().union(*(STRATEGIES[name].needs for name in tried))
+
+
+def check_adapters(opened: Opened, space: Space, clusters: Sequence[str]) -> None:
+    """Raise what trials would fail by: an adapter that is not there. A search trains nothing.
+
+    ProjectError for weights of an unknown expert, AdapterError for the unified adapter, a cluster's or a further
+    expert's that is missing.
+    """
+    project, needs = opened.project, needs_of_space(space)
+    weighted = {one.path[-1] for one in space.parameters if one.path[0] == "weights"}
+    weighted |= {*experts_in(space.base.get("weights") or {})}
+    known = {*project.experts, *opened.adapters, "unified", *clusters}
+    for name in sorted(weighted - known):
+        raise ProjectError(f"{project.location}: search: weights: {unknown('expert', name, known)}")
+    asked = {*(weighted - {*opened.adapters}), *(["unified"] if "unified" in needs else ())}
+    for name in sorted(asked | ({*clusters} if "cluster_adapters" in needs else set())):
+        format_of(project.adapter_location(name), name)
+
+
+def _check_ranks(search: Search, where: str) -> None:
+    for rank in search.ranks:
+        try:
+            parse_rank(rank)
+        except RankError as error:
+            raise ProjectError(f"{where}: search.ranks: {error}") from error
+
+
 def inputs_digest(opened: Opened, placed: Placed, names: tuple[str, ...]) -> str:
     """Of all that decides scores beside the recipe: adapters, examples, the base, how answers are made and compared."""
     project, personas = opened.project, opened.need_personas("search")
-    experts = {name: project.adapter_location(name) for name in (*opened.adapters, *project.experts)}
+    trained = [n for n in ("unified", *set((placed.clusters or {}).values())) if _is_there(project.adapter_location(n))]
+    experts = {name: project.adapter_location(name) for name in (*opened.adapters, *project.experts, *trained)}
     vectors = placed.inputs.embeddings
     return storage.digest_value(
         {
-            "experts": {name: content_digest(place) or _size(place) for name, place in experts.items()},
+            "experts": {name: _content(place, name) for name, place in experts.items()},
             "examples": {name: [e.content for e in personas.examples(name, "validation")] for name in names},
             "base": base_digest(opened.need_base("search")),
             "generation": project.generation.model_dump(mode="json"),
@@ -168,17 +208,25 @@ def inputs_digest(opened: Opened, placed: Placed, names: tuple[str, ...]) -> str
     )
 
 
-def _size(place: str) -> int | None:
-    """Of an adapter that somebody else made: it is read when it is used, and its content compared there."""
-    file = storage.join(place, "adapter_model.safetensors")
-    return storage.file_info(file).size if storage.exists(file) else None
+def _is_there(place: str) -> bool:
+    try:
+        format_of(place)
+    except AdapterError:
+        return False
+    return True
+
+
+def _content(place: str, name: str) -> str:
+    """Of an adapter, by its files; at a URI by its marker, where it has one, rather than reading all of them here."""
+    return (content_digest(place) if storage.is_uri(place) else None) or adapter_digest(place, name)
 
 
 def run_trials(sought: Sought, *, local: bool) -> None:
     """Carry out trials until the budget is spent."""
     search, study = sought.search, sought.study
     may_go_on = budget(search, study)
-    with Live(search, lambda: study.best, finished_before=study.finished) as live:
+    total = search.trials if search.sampler != "grid" else min(search.trials, len(sought.scorer.space.grid()))
+    with Live(search, lambda: study.best, total=total, finished_before=study.finished) as live:
         if local:
             search_here(study, sought.scorer, sought.kinds, may_go_on=may_go_on, watch=live)
             return

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from raymerge.pipelines.search import find
+from raymerge.pipelines.search import find, with_settings
 from raymerge.pipelines.searching.chosen import show
 from raymerge.pipelines.searching.fused import Fused, as_project
 
 
 def search_fuse(asked: Fused, *, settings: Mapping[str, Any], restart: bool = False, local: bool = False) -> int:
     """Search, and print the weights and the command that fuses with them. Returns the exit status."""
-    opened = as_project(asked, settings)
+    opened = with_settings(as_project(asked), settings)
     chosen, _ = find(opened, restart=restart, local=local)
     show(chosen, opened.project)
     weights = chosen.written["weights"]
-    places = " ".join(f"{name}={place}" for name, place in opened.project.experts.items())
-    listed = ",".join(f"{weights.get(name, 0.0):.4f}" for name in opened.project.experts)
-    print(f"raymerge fuse {places} --weights {listed} --out DIR", flush=True)
+    places = " ".join(shlex.quote(f"{name}={place}") for name, place in opened.project.experts.items())
+    listed = ",".join(f"{weights[name]:.4f}" for name in opened.project.experts)
+    print(f"raymerge fuse {places} --weights={listed} --rank exact --out DIR", flush=True)  # = for a first one below 0
     return 0

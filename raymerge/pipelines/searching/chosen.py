@@ -14,6 +14,7 @@ from raymerge.errors import EvaluationError
 from raymerge.pipelines.searching import winner
 from raymerge.pipelines.searching.live import short
 from raymerge.pipelines.searching.scorer import CarryOut, RecipeScorer
+from raymerge.recipes import parse_recipe
 from raymerge.search.choice import complexity, importances, optimism, pareto_front, simplest
 from raymerge.search.records import Trial
 from raymerge.search.results import RECIPE, Scores, Summary, write_recipe, write_scores, write_summary, write_trials
@@ -69,14 +70,20 @@ def choose(scorer: RecipeScorer, study: Study) -> Chosen:
     return Chosen(taken, space.written(taken.values), summary, Scores(numbers, scorer.names, values))
 
 
-def score_at_ranks(scorer: RecipeScorer, chosen: Chosen, carry_out: CarryOut) -> list[dict[str, Any]]:
-    """The winner at each rank of `search.ranks`: its similarity on validation examples and the bytes of an adapter."""
-    found = []
+def score_at_ranks(scorer: RecipeScorer, chosen: Chosen, carry_out: CarryOut) -> Chosen:
+    """The same with the winner at each rank of `search.ranks`: its similarity on validation examples and the bytes of
+    an adapter. A rank that it cannot be had at becomes a note."""
+    found: list[dict[str, Any]] = []
+    notes = list(chosen.summary.notes)
     for rank in scorer.opened.project.search.ranks:
-        recipe = replace(scorer.space.recipe(chosen.trial.values), rank=rank)
-        values = scorer.score_recipe(recipe, len(scorer.rungs) - 1, carry_out).values
+        recipe = parse_recipe(winner.WINNER, {**chosen.written, "rank": rank}, centred=scorer.space.centred)
+        try:
+            values = scorer.score_recipe(recipe, len(scorer.rungs) - 1, carry_out).values
+        except EvaluationError as error:
+            notes.append(f"at rank {rank} the winner cannot be scored: {str(error).splitlines()[0]}")
+            continue
         found.append({"rank": rank, "similarity": values["similarity"], "bytes": values["bytes"]})
-    return found
+    return replace(chosen, summary=replace(chosen.summary, ranks=found, notes=notes))
 
 
 def beside_others(chosen: Chosen, test: float | None, beside: Sequence[winner.Beside], notes: Sequence[str]) -> Chosen:

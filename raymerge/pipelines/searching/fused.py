@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from raymerge import storage
 from raymerge.adapters.formats import open_adapter
 from raymerge.config import Evaluation, Generation, PersonaSource, Project, Search
@@ -20,6 +22,7 @@ from raymerge.pipelines.placing import write_if_new
 from raymerge.pipelines.prompting.file import read_prompts
 
 WHERE = "--fuse"
+RECIPE = {"strategy": "named", "rank": "exact", "scale": 1.0}
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Fused:
     generation: Mapping[str, Any]
 
 
-def as_project(asked: Fused, settings: Mapping[str, Any]) -> Opened:
+def as_project(asked: Fused) -> Opened:
     """A project whose personas are the prompts, each answered by the same mixture of the adapters.
 
     Raises MergeError, AdapterError, PersonaError and ProjectError for what cannot be searched.
@@ -44,29 +47,29 @@ def as_project(asked: Fused, settings: Mapping[str, Any]) -> Opened:
         raise ProjectError(f"{WHERE}: one adapter has no weights to search.\nGive two or more.")
     for source in sources:
         open_adapter(source.location, source.name)  # refused now, by name, where it cannot be read
+    base = _recorded(sources) if asked.base is None else _place_or_id(asked.base)
     folder = storage.resolve(os.getcwd(), asked.out)
+    storage.check_writable(folder)
     examples = storage.join(folder, "prompts.jsonl")
     write_if_new(examples, _examples(asked))
     names = [source.name for source in sources]
     weights = {"experts": names, **({"min": -1.0, "max": 1.0} if asked.negative else {"simplex": True})}
-    project = Project(
-        location=WHERE,
-        workspace=folder,
-        base_model=asked.base or _recorded(sources),
-        personas=PersonaSource(path=examples),
-        experts={source.name: source.location for source in sources},
-        generation=Generation(**asked.generation),
-        evaluation=Evaluation(split="validation"),
-        output=".",
-        search=Search(
-            **{
-                "recipe": {"strategy": "named", "rank": "exact", "scale": 1.0},
-                "space": {"weights": weights},
-                "stop_early": False,
-                **settings,
-            }
-        ),
-    )
+    try:
+        project = Project(
+            location=WHERE,
+            workspace=folder,
+            base_model=base,
+            personas=PersonaSource(path=examples),
+            experts={source.name: source.location for source in sources},
+            generation=Generation(**asked.generation),
+            evaluation=Evaluation(split="validation"),
+            output=".",
+            search=Search(recipe=RECIPE, space={"weights": weights}, stop_early=False),
+        )
+    except ValidationError as error:  # the name of an adapter that is taken, a format without a prompt
+        [problem, *_] = error.errors()
+        found = problem["input"] if isinstance(problem["input"], str) else "give another name: OTHER=FOLDER"
+        raise ProjectError(f"{WHERE}: {problem['msg'].removeprefix('Value error, ')}; {found}.") from error
     return Opened(project, read_personas(PersonaSource(path=examples)), {}, ())
 
 
@@ -95,4 +98,10 @@ def _recorded(sources: tuple[Source, ...]) -> str:
     if len(bases) > 1 or base is None:
         listed = ", ".join(f"{name}: {base or 'none'}" for name, base in named.items())
         raise AdapterError(f"{WHERE}: the adapters do not record one base model.\nFound {listed}. Give --base.")
-    return storage.resolve(os.getcwd(), base) if storage.exists(storage.resolve(os.getcwd(), base)) else base
+    return _place_or_id(base)
+
+
+def _place_or_id(base: str) -> str:
+    """A folder as an absolute path; else a hub id, as it is."""
+    place = storage.resolve(os.getcwd(), base)
+    return place if storage.exists(place) else base

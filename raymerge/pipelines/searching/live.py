@@ -23,7 +23,7 @@ class Live:
     """Told of each trial as it begins, reports and ends; a context manager.
 
     begun_before: trials that an earlier call of the same search had finished, which count and cost no time now.
-    clock: seconds, monotonic.
+    total: trials there are to be, by the search unless given. clock: seconds, monotonic.
     """
 
     def __init__(
@@ -31,12 +31,14 @@ class Live:
         search: Search,
         best: Callable[[], Trial | None],
         *,
+        total: int | None = None,
         finished_before: int = 0,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._search = search
         self._best = best
+        self._total = search.trials if total is None else total
         self._before = finished_before
         self._stream = stream if stream is not None else sys.stderr
         self._clock = clock
@@ -90,7 +92,7 @@ class Live:
     def status(self) -> str:
         """Finished of all, best so far, rate, time left: '12/60 trials, best 71.3 (trial 9), 240/h, 12:00 left'."""
         ended = self._before + self._ended
-        parts = [f"{ended}/{self._search.trials} trials"]
+        parts = [f"{ended}/{self._total} trials"]
         best = self._best()
         if best is not None and best.last is not None:
             parts.append(f"best {best.last.values['similarity']:.1f} (trial {best.number})")
@@ -98,7 +100,7 @@ class Live:
         if self._ended and elapsed > 0:
             rate = self._ended / elapsed
             parts.append(f"{3600 * rate:.0f}/h")
-            left = (self._search.trials - ended) / rate
+            left = max(0, self._total - ended) / rate
             if self._search.minutes is not None:
                 left = min(left, max(0.0, 60 * self._search.minutes - elapsed))
             parts.append(f"{clock_text(left)} left")

@@ -7,7 +7,9 @@ found there; the worker compares the digests of the adapters themselves. No merg
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -43,6 +45,32 @@ class Part:
     answers: int
 
 
+class Known:
+    """Parts by their folders, each scored once: whoever asks for one that is being scored waits for it.
+
+    Two trials may have merges in common, and be under way at the same time. Another process begins with none.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._parts: dict[str, Future[Part]] = {}
+
+    def __reduce__(self) -> Any:
+        return Known, ()
+
+    def begin(self, places: Iterable[str]) -> tuple[dict[str, Future[Part]], list[str]]:
+        """All these parts, and those of them that the caller has to settle."""
+        with self._lock:
+            new = [place for place in places if place not in self._parts]
+            self._parts |= {place: Future() for place in new}
+            return {place: self._parts[place] for place in places}, new
+
+    def fail(self, place: str, error: BaseException) -> None:
+        """A part that could not be had: those who wait get the error, the next to ask tries again."""
+        with self._lock:
+            self._parts.pop(place).set_exception(error)
+
+
 @dataclass
 class RecipeScorer:
     """Scores recipes on the validation examples of a project.
@@ -57,7 +85,7 @@ class RecipeScorer:
     names: tuple[str, ...]
     rungs: tuple[int, ...]
     folder: str
-    known: dict[str, Part] = field(default_factory=dict, repr=False)
+    known: Known = field(default_factory=Known, repr=False)
 
     def score(self, values: Mapping[str, Any], rung: int, carry_out: CarryOut) -> Figures:
         """The figures of a point on the first personas, as many as a rung has.
@@ -69,22 +97,29 @@ class RecipeScorer:
     def score_recipe(self, recipe: Recipe, rung: int, carry_out: CarryOut, penalty: float = 0.0) -> Figures:
         """As `score`, for any recipe. penalty: see `Figures`."""
         parts = self.parts(recipe, rung)
-        new = {place: task for place, task in parts.items() if place not in self.known}
-        items = [Item(f"search/{storage.name_of(place)}", "model", "tune", task) for place, task in new.items()]
-        outcomes = carry_out(items) if items else []
+        asked, new = self.known.begin(parts)
+        items = [Item(f"search/{storage.name_of(place)}", "model", "tune", parts[place]) for place in new]
         answers = 0
-        for place, outcome in zip(new, outcomes, strict=True):
-            _check(recipe, outcome)
-            self.known[place] = part = read_part(place)
-            answers += 0 if (outcome.result or {}).get("skipped") else part.answers
-        found = [self.known[place] for place in parts]
-        return _figures(found, penalty, answers, sum(outcome.seconds for outcome in outcomes))
+        seconds = 0.0
+        try:
+            outcomes = carry_out(items) if items else []
+            for place, outcome in zip(new, outcomes, strict=True):
+                _check(recipe, outcome)
+                part = read_part(place)
+                asked[place].set_result(part)
+                answers += 0 if (outcome.result or {}).get("skipped") else part.answers
+                seconds += outcome.seconds
+        except BaseException as error:
+            for place in new:
+                if not asked[place].done():
+                    self.known.fail(place, error)
+            raise
+        return _figures([asked[place].result() for place in parts], penalty, answers, seconds)
 
     def scores(self, recipe: Recipe) -> NDArray[np.float64]:
         """Percent (personas,) of a recipe that was scored on all of them, in the order of `names`."""
-        places = self.parts(recipe, len(self.rungs) - 1)
-        found = [self.known.get(place) or read_part(place) for place in places]
-        return np.concatenate([part.similarity for part in found]).astype(np.float64)
+        parts = [read_part(place) for place in self.parts(recipe, len(self.rungs) - 1)]
+        return np.concatenate([part.similarity for part in parts]).astype(np.float64)
 
     def parts(self, recipe: Recipe, rung: int) -> dict[str, TuneTask]:
         """What is to be scored of a recipe up to a rung, by the folder that it goes into."""

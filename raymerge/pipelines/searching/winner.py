@@ -1,7 +1,8 @@
 """What becomes of the recipe that a search chose: its size at several ranks, and its test score beside the controls.
 
-The winner, the unified adapter and random experts in the winner's place are rows of the comparison like any other, each
-with its scale chosen from the same grid by the same validation examples.
+The winner, the unified adapter and random experts in the winner's place are rows of the comparison like any other. The
+latter two have their scales chosen from one grid by the same validation examples; the winner keeps the one it was found
+with.
 """
 
 from __future__ import annotations
@@ -68,7 +69,11 @@ def rows_of(opened: Opened, winner: Mapping[str, Any]) -> tuple[dict[str, dict[s
 
 
 def score_on_test(opened: Opened, rows: Mapping[str, Mapping[str, Any]], *, local: bool) -> JobResult:
-    """Merge and evaluate the rows on test examples. Runs of an earlier search under their names are replaced."""
+    """Merge and evaluate the rows on test examples, if there are any. Runs of an earlier search under their names are
+    replaced."""
+    split, personas = opened.project.evaluation.split, opened.need_personas("search")
+    if len(personas.missing(split)) == len(personas.names):
+        return JobResult(0, 0, notes=(f"nobody has examples of split {split}: the winner has no score on them",))
     recipes = parse_recipes(rows, centred=opened.project.embedding.centred)
     for name in RUNS:
         _remove_other(opened.project.run_folder(name), None if name not in recipes else recipes[name].as_dict())

@@ -28,7 +28,7 @@ def check(opened: Opened) -> None:
             personas = opened.need_personas(f"recipe {recipe.name}")
             if not opened.trainable:
                 raise PersonaError(f"{personas.location}: nobody has training examples, which {recipe.name} needs.")
-            check_validation(opened, f"recipe {recipe.name}", settings_of(opened, recipe), one_each=False)
+            check_validation(opened, f"recipe {recipe.name}", settings_of(opened, recipe))
 
 
 def items_of(opened: Opened, recipe: Recipe, table: RoutingTable) -> list[Item]:

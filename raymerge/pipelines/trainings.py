@@ -78,9 +78,7 @@ def check_training(opened: Opened, starts: Mapping[Grouping, str | None]) -> Non
     if not opened.trainable:
         raise PersonaError(f"{personas.location}: nobody has training examples.\nAdd rows with split train.")
     for grouping in starts:
-        check_validation(
-            opened, f"training ({grouping})", opened.project.training.of(grouping), one_each=grouping == "persona"
-        )
+        check_validation(opened, f"training ({grouping})", opened.project.training.of(grouping), grouping)
     for start in starts.values():
         if start is None or ("unified" in starts and is_unified(opened.project, start)):
             continue
@@ -92,23 +90,33 @@ def check_training(opened: Opened, starts: Mapping[Grouping, str | None]) -> Non
             )
 
 
-def check_validation(opened: Opened, what: str, settings: Training, *, one_each: bool) -> None:
+def check_validation(opened: Opened, what: str, settings: Training, grouping: Grouping | None = None) -> None:
     """Raise PersonaError now if a training looks at validation examples and there are none.
 
-    one_each: whether everybody's adapter is stopped by their own, where `patience` asks for it.
+    grouping: whose adapters are trained, those of `persona` each stopped by their own examples; None for what a recipe
+    trains. Adapters that somebody else made are not trained, and need none.
     """
-    if len(settings.choices) < 2 and settings.patience is None:
-        return
     personas = opened.need_personas(what)
-    without = sorted(set(personas.missing("validation")) & set(opened.trainable))
+    without = set(personas.missing("validation")) & set(opened.trainable)
+    if not without or (len(settings.choices) < 2 and settings.patience is None):
+        return
+    trained = [name for name in opened.trainable if not _is_foreign_in(opened.project, grouping, name)]
+    lacking = [name for name in trained if name in without]
     why = "several numbers of epochs to choose from" if len(settings.choices) > 1 else "`patience`"
-    if len(without) == len(opened.trainable):
-        raise PersonaError(f"{what}: has {why}, and nobody has validation examples.\nAdd rows with split validation.")
-    if settings.patience is not None and one_each and without:
+    if lacking and len(lacking) == len(trained):
+        nobody = "nobody" if len(trained) == len(opened.trainable) else "nobody who is to be trained"
+        raise PersonaError(f"{what}: has {why}, and {nobody} has validation examples.\nAdd rows with split validation.")
+    if lacking and settings.patience is not None and grouping == "persona":
         raise PersonaError(
-            f"{what}: has `patience`, and {without[0]} has no validation examples ({len(without)} such personas).\n"
+            f"{what}: has `patience`, and {lacking[0]} has no validation examples ({len(lacking)} such personas).\n"
             "Add rows with split validation for each, or leave patience out."
         )
+
+
+def _is_foreign_in(project: Project, grouping: Grouping | None, persona: str) -> bool:
+    """Whether the adapter that a persona would be trained for is foreign; that of a cluster is not known yet."""
+    name = {"persona": persona, "unified": "unified"}.get(grouping or "")
+    return name is not None and is_foreign(project.adapter_location(name))
 
 
 def training_items(

@@ -1,6 +1,7 @@
 """Rows that train, choose or ask something of their own, on a small project: what is planned, written and published."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -307,6 +308,20 @@ def test_several_epochs_and_patience_need_validation_examples(project):
     change(project, training={"epochs": [1, 2]})
     with pytest.raises(PersonaError, match="several numbers of epochs to choose from, and nobody has validation"):
         train(project, group_by="cluster", local=True)
+
+
+def test_only_those_who_will_be_trained_need_validation_examples(project):
+    shutil.rmtree(Path(project).parent / "adapters/p0")  # all the others were made elsewhere
+    without(project, "p2", "validation")
+    change(project, training={"epochs": 1, "rank": 2, "batch_size": 2, "patience": 1})
+    assert train(project, group_by="persona", local=True) == 0
+    assert (Path(project).parent / "adapters/p0/manifest.json").exists()
+    without(project, "p0", "validation")
+    with pytest.raises(PersonaError, match="has `patience`, and nobody who is to be trained has validation examples"):
+        train(project, group_by="persona", local=True)
+    shutil.rmtree(Path(project).parent / "adapters/p1")
+    with pytest.raises(PersonaError, match=r"p0 has no validation examples \(1 such personas\)"):
+        train(project, group_by="persona", local=True)
 
 
 def test_a_cluster_of_one_is_refused_where_it_was_given(project):

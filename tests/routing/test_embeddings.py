@@ -1,5 +1,6 @@
 """Embeddings: files of vectors, and the encoder against sentence-transformers' own."""
 
+from collections import OrderedDict
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from raymerge.errors import ModelError, PersonaError, RoutingError
 from raymerge.personas import Example, from_examples, read_personas
+from raymerge.routing import embeddings
 from raymerge.routing.clusters import k_means
 from raymerge.routing.embeddings import (
     encode,
@@ -80,10 +82,10 @@ def test_a_texts_bytes_do_not_depend_on_the_others(encoder):
     others = [f"{text} {i}" for i in range(12) for text in TEXTS]
     together = encode(encoder, [*others, *TEXTS])[-len(TEXTS) :]
     for text, row in zip(TEXTS, together, strict=True):
-        assert encode(encoder, [text])[0].tobytes() == row.tobytes()
+        assert encode(replace(encoder, known=OrderedDict()), [text])[0].tobytes() == row.tobytes()
 
 
-def test_equal_texts_are_embedded_once(encoder):
+def test_equal_texts_are_embedded_once_also_over_several_calls(encoder):
     class Counting:
         def __init__(self, model):
             self.model, self.tokens = model, 0
@@ -96,10 +98,23 @@ def test_equal_texts_are_embedded_once(encoder):
             return self.model.forward(features)
 
     once, often = Counting(encoder.model), Counting(encoder.model)
-    a = encode(replace(encoder, model=once), ["no, sorry"])
-    b = encode(replace(encoder, model=often), ["no, sorry"] * 500)
+    a = encode(replace(encoder, model=once, known=OrderedDict()), ["no, sorry"])
+    remembering = replace(encoder, model=often, known=OrderedDict())
+    b = encode(remembering, ["no, sorry"] * 500)
     assert once.tokens == often.tokens
     assert np.array_equal(np.repeat(a, 500, axis=0), b)
+    assert np.array_equal(encode(remembering, ["no, sorry"]), a)
+    assert once.tokens == often.tokens
+
+
+def test_what_is_remembered_is_bounded_and_changes_nothing(encoder, monkeypatch):
+    monkeypatch.setattr(embeddings, "KEPT_BYTES", 3 * 384 * 4)
+    little = replace(encoder, known=OrderedDict())
+    first = encode(little, ["a", "b", "c"])
+    encode(little, ["a", "d"])
+    assert list(little.known) == ["c", "a", "d"]  # b was unused for longest
+    first[0] = 0.0  # the caller's own
+    assert np.array_equal(encode(little, ["a", "b"]), encode(replace(encoder, known=OrderedDict()), ["a", "b"]))
 
 
 def test_a_persona_is_the_mean_of_its_training_texts(encoder):

@@ -138,9 +138,12 @@ class Plan:
         try:
             return room.go_on(room.failed)
         except RaymergeError as error:
-            self.undecided[f"plan/{room.name}"] = str(error)
-        # what waits for its scores waits for nothing that will come
-        return self._settled(f"gather/{room.name}/{self._validation}", failed=True)
+            return self._give_up(room.name, str(error))
+
+    def _give_up(self, name: str, why: str) -> list[Item]:
+        """A recipe is not carried out: what waits for its scores waits for nothing that will come."""
+        self.undecided[f"plan/{name}"] = why
+        return self._settled(f"gather/{name}/{self._validation}", failed=True)
 
     def rest(self) -> list[Item]:
         """The trainings that need embeddings, merges and evaluations; those of recipes that leave something open come
@@ -155,12 +158,10 @@ class Plan:
                 placed.route(recipe)
         items = self._trainings("persona", placed) if self._asks_neighbours else []
         items += self._trainings("cluster", placed)
-        begun: list[Item] = []
         for recipe in recipes:
-            if recipe.strategy == "selective":
+            if recipe.strategy == "selective":  # first, since a recipe that it waits for may be given up at once
                 self._select(recipe, placed)
-            else:
-                begun += self._begin(recipe, placed)
+        begun = [item for recipe in recipes if recipe.strategy != "selective" for item in self._begin(recipe, placed)]
         return items + sorted(begun, key=_turn)
 
     def _wait(self, name: str, items: Collection[Item], go_on: Callable[[set[str]], list[Item]]) -> None:
@@ -202,12 +203,16 @@ class Plan:
         """A recipe's items, or those that find out what it leaves open."""
         items: list[Item] = []
         if recipe.strategy in TRAINS_ITS_OWN:
-            table, _ = placed.route(recipe)
-            items = own_trainings.items_of(self.opened, recipe, table)
-            self.trained |= trainings.trained_by(i for i in items if not i.id.startswith("try/"))
-        if not recipe.tuned:
+            items = own_trainings.items_of(self.opened, recipe, placed.route(recipe)[0])
+        trained = self.trained | trainings.trained_by(i for i in items if not i.id.startswith("try/"))
+        tries: list[Item] = []
+        if recipe.tuned:
+            tries = tuning.tuning_items(self.opened, recipe, lambda one: placed.route(one)[0], trained)
+            if not tries:
+                return self._give_up(recipe.name, tuning.nobody_to_ask(recipe))
+        self.trained = trained
+        if not tries:
             return [*items, *self._carry_out(recipe, placed)]
-        tries = tuning.tuning_items(self.opened, recipe, lambda one: placed.route(one)[0], self.trained)
 
         def go_on(failed: set[str]) -> list[Item]:
             values = tuning.chosen(self.opened, recipe, [item for item in tries if item.id not in failed])

@@ -50,7 +50,8 @@ def check_tuning(opened: Opened) -> None:
 def tuning_items(
     opened: Opened, recipe: Recipe, route: Callable[[Recipe], RoutingTable], trained: Mapping[str, str]
 ) -> list[Item]:
-    """Items that try every combination of what a recipe leaves open, each for a part of the personas.
+    """Items that try every combination of what a recipe leaves open, each for a part of the personas; none where nobody
+    has both a row and validation examples.
 
     route: from a recipe with nothing left open to its routing table.
     """
@@ -79,6 +80,14 @@ def tuning_items(
         waits = frozenset().union(*(waits_for(found, part) for found in by_weight.values()))
         items.append(Item(f"tune/{recipe.name}/{number:04d}", "model", "tune", task, after=waits))
     return items
+
+
+def nobody_to_ask(recipe: Recipe) -> str:
+    """Why a recipe without tuning items cannot be carried out."""
+    return (
+        f"{recipe.name}: {' and '.join(recipe.tuned)} is to be chosen on validation examples, and nobody who has a row "
+        "has any.\nAdd rows with split validation for them, or give the recipe a number."
+    )
 
 
 def grid(opened: Opened, recipe: Recipe) -> list[dict[str, float]]:

@@ -215,6 +215,27 @@ def test_without_validation_examples_nothing_can_be_tuned(project):
             merge(change(project, recipes={"x": recipe}), local=True)
 
 
+def test_a_recipe_whose_values_nobody_can_choose_is_given_up_with_what_waits_for_it(project, capsys):
+    folder = Path(project).parent
+    recipes = {
+        "clusters": {"strategy": "cluster_trained", "scale": "tuned"},
+        "base": {"strategy": "base"},
+        "best": {"strategy": "selective", "among": ["clusters", "base"]},
+    }
+    change(project, recipes=recipes, embedding={"source": "deltas"}, clusters={"count": 2})
+    for name in ("p1", "p2", "p3", "p4", "p5"):
+        without(project, name, "validation")
+    for name in ("cluster_00", "cluster_01"):
+        shutil.copytree(folder / "adapters/p1", folder / "clusters" / name)
+    weights = folder / "adapters/p0/adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])  # so that the only one with validation examples is not routed
+    assert merge(project, local=True) == 1
+    told = capsys.readouterr().err
+    assert "plan/clusters: clusters: factor is to be chosen on validation examples, and nobody who has a row" in told
+    assert "plan/best: best: of what it chooses among, 1 could be scored" in told
+    assert (runs(project) / "base/assignments.parquet").exists()
+
+
 def test_one_cluster_can_be_trained_with_settings_given_here(project, capsys):
     assert train(project, group_by="cluster", cluster="0", settings={"rank": 3}, local=True) == 0
     folder = Path(project).parent / "clusters"

@@ -124,45 +124,31 @@ def compare(
     project file, as the guide's commands are to name it. unified_adapter, recipes: where the project file has the
     unified adapter, and the recipes in it, None where they are not known. Raises EvaluationError as `align` does.
     """
-    runs, aligned, scores = _best_first(runs)
-    names = [run.name for run in runs]
-    place = names.index(reference) if reference in names else None
-    means = statistics.bootstrap_means(scores.T, resamples=resamples, seed=seed)
-    labels = tuple(clusters.get(p, NO_CLUSTER) for p in aligned.personas) if clusters else None
-    differences = differences_to(runs, scores, means, place, resamples, seed)
-    rows = build_rows(runs, aligned, scores, means, differences, place, labels, resamples, seed)
-    standings = [Standing(r.name, r.kind, r.recipe, r.validation_similarity, r.tuned is not None) for r in runs]
-    verdict = judge(standings, scores, means, place)
-    chosen = names.index(verdict.row) if verdict.row else None
-    verdict, of_seeds = _with_seeds(verdict, None if chosen is None else rows[chosen], reference)
-    criteria = judge_criteria(
-        scores, means, chosen, place, row_of(rows, "own"), names=names, reference=reference, level=verdict.level,
-        resamples=resamples, seed=seed,
-    )  # fmt: skip
+    figures = _figures(runs, clusters, reference, resamples, seed)
+    runs, aligned, scores, place = figures.runs, figures.aligned, figures.scores, figures.place
+    judged = _judged(figures, reference, resamples, seed)
     as_trained = best_rows(runs, aligned, scores, place, frozenset({"reference"}), seed)
-    needed = _needed(rows, aligned, chosen, place)
-    if needed is not None:
-        verdict = verdict.with_data_needed(needed.words)
     facts = Facts(
-        rows, means, len(aligned.personas), place, verdict, needed, as_trained, project, unified_adapter, recipes
-    )
-    shown = chosen if chosen is not None else _first_other(place, len(runs))
+        figures.rows, figures.means, len(aligned.personas), place, judged.verdict, judged.needed, as_trained, project,
+        unified_adapter, recipes,
+    )  # fmt: skip
+    shown = judged.chosen if judged.chosen is not None else _first_other(place, len(runs))
     warnings, notes = remarks(runs, aligned, reference, similarity_model, routing_model)
     return Comparison(
-        criteria=criteria,
-        verdict=verdict,
+        criteria=judged.criteria,
+        verdict=judged.verdict,
         guide=advise(facts),
-        smallest_detectable=_typically_detectable(rows),
+        smallest_detectable=_typically_detectable(figures.rows),
         reference=reference if place is not None else None,
-        rows=rows,
+        rows=figures.rows,
         personas=aligned.personas,
         examples=len(aligned.person),
-        clusters=labels,
+        clusters=figures.labels,
         scores=scores,
         exact_correlation=answer_correlation(aligned, slice(None)),
-        exact_row_correlation=_row_correlation(rows),
+        exact_row_correlation=_row_correlation(figures.rows),
         missing=aligned.missing,
-        warnings=(*of_seeds, *warnings),
+        warnings=(*judged.warnings, *warnings),
         notes=notes,
         samples=choose_samples(runs, aligned, scores, shown, place),
         routing=map_routing(runs, aligned.personas, clusters),
@@ -172,6 +158,60 @@ def compare(
         resamples=resamples,
         seed=seed,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Figures:
+    """What the runs reached, best first. means: of bootstrap samples. place: of the reference, None without it."""
+
+    runs: Sequence[RunScores]
+    aligned: Aligned
+    scores: NDArray[np.float64]
+    means: NDArray[np.float64]
+    labels: tuple[str, ...] | None
+    place: int | None
+    rows: tuple[Row, ...]
+
+
+def _figures(
+    runs: Sequence[RunScores], clusters: Mapping[str, str] | None, reference: str, resamples: int, seed: int
+) -> _Figures:
+    runs, aligned, scores = _best_first(runs)
+    names = [run.name for run in runs]
+    place = names.index(reference) if reference in names else None
+    means = statistics.bootstrap_means(scores.T, resamples=resamples, seed=seed)
+    labels = tuple(clusters.get(p, NO_CLUSTER) for p in aligned.personas) if clusters else None
+    differences = differences_to(runs, scores, means, place, resamples, seed)
+    rows = build_rows(runs, aligned, scores, means, differences, place, labels, resamples, seed)
+    return _Figures(runs, aligned, scores, means, labels, place, rows)
+
+
+@dataclass(frozen=True, eq=False)
+class _Judged:
+    """What the figures are worth. chosen: place of the row that the verdict speaks of, None where it speaks of none."""
+
+    verdict: Verdict
+    criteria: tuple[Criterion, ...]
+    chosen: int | None
+    needed: DataNeeded | None
+    warnings: tuple[str, ...]
+
+
+def _judged(figures: _Figures, reference: str, resamples: int, seed: int) -> _Judged:
+    scores, means, place, rows = figures.scores, figures.means, figures.place, figures.rows
+    standings = [Standing(r.name, r.kind, r.recipe, r.validation_similarity, r.tuned is not None) for r in figures.runs]
+    names = [run.name for run in figures.runs]
+    verdict = judge(standings, scores, means, place)
+    chosen = names.index(verdict.row) if verdict.row else None
+    verdict, warnings = _with_seeds(verdict, None if chosen is None else rows[chosen], reference)
+    criteria = judge_criteria(
+        scores, means, chosen, place, row_of(rows, "own"), names=names, reference=reference, level=verdict.level,
+        resamples=resamples, seed=seed,
+    )  # fmt: skip
+    needed = _needed(rows, figures.aligned, chosen, place)
+    if needed is not None:
+        verdict = verdict.with_data_needed(needed.words)
+    return _Judged(verdict, criteria, chosen, needed, warnings)
 
 
 def _best_first(runs: Sequence[RunScores]) -> tuple[list[RunScores], Aligned, NDArray[np.float64]]:

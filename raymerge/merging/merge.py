@@ -117,15 +117,31 @@ def mixture_weights(
     weights: Sequence[float],
     scale: Scale = 1.0,
     anchor: LoraAdapter | None = None,
+    products: torch.Tensor | None = None,
 ) -> tuple[list[float], float]:
     """Weights at which a mixture of experts and anchor computes what their linear merge at rank exact does.
 
-    Returns the experts' weights in the order given, and the anchor's (0 without one).
+    products: inner products of the deltas of the adapters and, last, of the anchor where there is one (`gram`), if they
+    are known; then no adapter is read. Returns the experts' weights in the order given, and the anchor's (0 without).
     """
     factor, is_matched = parse_scale(scale)
-    if is_matched:
+    if is_matched and products is not None:
+        factor *= _matched_by(products, weights, anchored=anchor is not None)
+    elif is_matched:
         factor *= matched_scale(adapters, weights, anchor)
     return [factor * weight for weight in weights], 1.0 - factor * sum(weights) if anchor is not None else 0.0
+
+
+def _matched_by(products: torch.Tensor, weights: Sequence[float], *, anchored: bool) -> float:
+    """`matched_scale` from inner products, the anchor's last: float64 (n, n) or (n + 1, n + 1)."""
+    products = products.double()
+    if anchored:
+        to_anchor = products[:-1, -1]
+        products = products[:-1, :-1] - to_anchor[:, None] - to_anchor + products[-1, -1]
+    w = torch.tensor(weights, dtype=torch.float64)
+    wanted = float((w.abs() * products.diagonal().clamp(min=0).sqrt()).sum())
+    there = math.sqrt(max(float(w @ products @ w), 0.0))
+    return wanted / there if there > 0 else 1.0
 
 
 def _check_dialect(dialect: str, anchor: LoraAdapter | None, scale: Scale) -> None:

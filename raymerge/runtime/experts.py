@@ -7,16 +7,41 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from raymerge import storage
 from raymerge.adapters import LoraAdapter, encode_adapter, open_adapter, read_adapter
 from raymerge.adapters.base_weights import BaseWeights
 from raymerge.adapters.formats import adapter_digest
 from raymerge.errors import AdapterError, MergeError, RaymergeError
 from raymerge.manifest import invalidate, is_complete, write_artefact
+from raymerge.merging.gram import gram
 from raymerge.merging.merge import WHOLE, merge
 from raymerge.merging.scale import by_depth
 from raymerge.runtime.bases import Described, base_digest, base_of_dora, describe, is_folder, need_base
 from raymerge.runtime.tasks import MergeTask
+
+MOST_PRODUCTS = 1_000_000  # remembered: some 200 MiB
+
+
+class InnerProducts:
+    """Inner products of adapters' deltas, remembered by the digests of their files: mixtures of the same experts at
+    other weights are what a search tries, and their norms follow from these."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str], float] = {}
+
+    def of(self, adapters: Mapping[str, LoraAdapter]) -> torch.Tensor:
+        """float64 (n, n) of adapters by digest, in their order. Raises MergeError if shapes differ."""
+        order = sorted(adapters)  # so that a product has the same bytes whichever it is asked for first
+        if any((a, b) not in self._known for i, a in enumerate(order) for b in order[i:]):
+            products = gram([adapters[digest] for digest in order]).tolist()
+            if len(self._known) + len(order) ** 2 > MOST_PRODUCTS:
+                self._known.clear()
+            for i, a in enumerate(order):
+                self._known |= {(a, b): products[i][j] for j, b in enumerate(order[i:], i)}
+        pairs = [[self._known[min(a, b), max(a, b)] for b in adapters] for a in adapters]
+        return torch.tensor(pairs, dtype=torch.float64)
 
 
 class ExpertCache:
@@ -24,6 +49,7 @@ class ExpertCache:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        self.products = InnerProducts()
         self.held = 0
         self._entries: OrderedDict[tuple[str, ...], LoraAdapter] = OrderedDict()
 

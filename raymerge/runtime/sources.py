@@ -15,6 +15,7 @@ from raymerge.adapters.formats import adapter_digest
 from raymerge.errors import AdapterError, MergeError, ModelError, StorageError
 from raymerge.merging.inputs import widest_dtype
 from raymerge.merging.merge import mixture_weights
+from raymerge.merging.scale import parse_scale
 from raymerge.models.layers import linear_modules
 from raymerge.models.multilora import check_fits
 from raymerge.models.prefix import Prefix, check_prefix, read_prefix
@@ -175,7 +176,9 @@ class _Loader:
             self.cache.read(e.name, e.location, digest=inputs.digests[e.name], base=inputs.base) for e in task.experts
         ]
         anchor = read_anchor(inputs, self.cache)
-        shares, anchor_share = mixture_weights(experts, [e.weight for e in task.experts], task.merges["scale"], anchor)
+        weights = [e.weight for e in task.experts]
+        products = self._products(task, inputs, experts, anchor)
+        shares, anchor_share = mixture_weights(experts, weights, task.merges["scale"], anchor, products)
         numbers = [self._add(e.location, adapter) for e, adapter in zip(task.experts, experts, strict=True)]
         row = dict(zip(numbers, shares, strict=True))
         nbytes = exact_bytes([*experts, anchor] if anchor is not None and abs(anchor_share) > 1e-12 else experts)
@@ -184,6 +187,17 @@ class _Loader:
         number = self._add(inputs.anchor, anchor)
         row[number] = row.get(number, 0.0) + anchor_share
         return Answerer(row, None, number, nbytes, len(experts))
+
+    def _products(
+        self, task: MergeTask, inputs: MergeInputs, experts: Sequence[LoraAdapter], anchor: LoraAdapter | None
+    ) -> Tensor | None:
+        """Inner products of the experts and, last, of the anchor; None where files are equal, hence not told apart."""
+        if not parse_scale(task.merges["scale"])[1]:
+            return None
+        asked = {inputs.digests[e.name]: adapter for e, adapter in zip(task.experts, experts, strict=True)}
+        if anchor is not None and inputs.anchor_digest is not None:
+            asked[inputs.anchor_digest] = anchor
+        return self.cache.products.of(asked) if len(asked) == len(experts) + (anchor is not None) else None
 
     def _add(self, identity: str, adapter: LoraAdapter) -> int:
         if identity not in self._numbers:

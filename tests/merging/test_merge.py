@@ -210,6 +210,10 @@ def test_mixture_weights_compute_what_the_exact_merge_does(scale, anchored):
     anchor = adapter("anchor", 9, ranks=(2,)) if anchored else None
     shares, own = mixture_weights(experts, weights, scale, anchor)
     assert anchored or own == 0.0
+    products = gram([*experts, *([anchor] if anchor else [])])
+    known = mixture_weights([], weights, scale, anchor, products)
+    assert known[0] == pytest.approx(shares, rel=1e-9)
+    assert known[1] == pytest.approx(own, rel=1e-9)
     merged = merge(experts, weights, scale=scale, rank="exact", anchor=anchor)
     for path in SHAPES:
         mixture = sum(s * delta(e, path) for e, s in zip(experts, shares, strict=True))

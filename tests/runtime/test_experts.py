@@ -7,7 +7,9 @@ from raymerge.adapters import FORMATS, LoraAdapter, LoraModule, save_adapter
 from raymerge.adapters.formats import adapter_digest
 from raymerge.errors import AdapterError
 from raymerge.manifest import invalidate
-from raymerge.runtime.experts import ExpertCache
+from raymerge.merging.gram import gram
+from raymerge.runtime import experts
+from raymerge.runtime.experts import ExpertCache, InnerProducts
 
 
 def save(folder, format, value=1.0):
@@ -56,3 +58,29 @@ def test_what_is_missing_or_unfinished_has_no_digest(tmp_path):
     for location in (folder, f"{folder}/adapters.safetensors"):
         with pytest.raises(AdapterError, match="begun and not finished"):
             adapter_digest(location)
+
+
+def test_inner_products_are_remembered_and_are_those_of_gram():
+    torch.manual_seed(0)
+    ranks = {"a": 2, "b": 3, "c": 1, "d": 4}
+    adapters = {
+        name: LoraAdapter(name, {"q": LoraModule(torch.randn(rank, 6), torch.randn(5, rank), 0.5)})
+        for name, rank in ranks.items()
+    }
+    products = InnerProducts()
+    for some in (["c", "a"], ["a", "b", "c"], ["d", "b", "a"], ["b"]):
+        expected = gram([adapters[name] for name in some])
+        torch.testing.assert_close(products.of({name: adapters[name] for name in some}), expected)
+    torch.testing.assert_close(products.of(dict.fromkeys("bda")), gram([adapters[name] for name in "bda"]))
+    with pytest.raises(AttributeError):
+        products.of(dict.fromkeys("cd"))  # never asked for together: they have to be read
+
+
+def test_remembered_inner_products_are_bounded(monkeypatch):
+    monkeypatch.setattr(experts, "MOST_PRODUCTS", 5)
+    module = LoraModule(torch.ones(2, 6), torch.ones(5, 2), 1.0)
+    products = InnerProducts()
+    for pair in ("ab", "cd", "ab"):
+        found = products.of({name: LoraAdapter(name, {"q": module}) for name in pair})
+        assert found.tolist() == [[120.0, 120.0], [120.0, 120.0]]
+        assert len(products._known) <= 5

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from raymerge.models.base import BaseModel
 from raymerge.models.training import TrainingGroup, steps_of, train
-from raymerge.models.training.rows import Encoded, Limits, Taken, plan, portion
-from raymerge.models.training.train import _slots
+from raymerge.models.training.rows import Encoded, Limits, Taken, plan, portion, slots_of
 from tests.models.training_groups import SETTINGS, Recorder, group, relative
 
 
@@ -58,11 +57,11 @@ def tokens_of(base: BaseModel, one: TrainingGroup) -> int:
 
 def test_the_plan_alone_says_how_many_are_together() -> None:
     rows = [encoded(np.full(size, 20)) for size in (60, 60, 60)]
-    assert _slots(rows, replace(SETTINGS, batch_size=4), "cpu") == 3
+    assert slots_of(rows, replace(SETTINGS, batch_size=4), "cpu") == 3
     many = rows * 40  # 25 steps of 80 tokens fit into 2048: five turns of 24
-    assert _slots(many, replace(SETTINGS, batch_size=4), "cpu") == 24
-    assert _slots(many, replace(SETTINGS, batch_size=4, micro_batch=2), "cpu") == 40
-    assert _slots(many, replace(SETTINGS, together=7), "cpu") == 7
+    assert slots_of(many, replace(SETTINGS, batch_size=4), "cpu") == 24
+    assert slots_of(many, replace(SETTINGS, batch_size=4, micro_batch=2), "cpu") == 40
+    assert slots_of(many, replace(SETTINGS, together=7), "cpu") == 7
 
 
 def encoded(lengths: np.ndarray) -> Encoded:  # type: ignore[type-arg]

@@ -12,7 +12,7 @@ from typing import Any
 
 from raymerge.config import Training
 from raymerge.runtime.tasks import TrainGroup, TrainTask
-from raymerge.runtime.training import Recorder
+from raymerge.runtime.training_recorder import Recorder
 from raymerge.runtime.workers import ModelWorker
 
 ROWS = {"a": 9, "b": 2, "c": 7, "d": 6}

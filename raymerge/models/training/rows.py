@@ -22,6 +22,9 @@ Ints = NDArray[np.int64]
 # What a batch of its own costs, in tokens: below this, padding is cheaper than a further pass through the model.
 _PASS = {"cpu": 128, "cuda": 2048}
 
+# Tokens of one step, without padding: enough to keep the products large, few enough to stay in the caches of a CPU.
+_TOKENS = {"cpu": 2048, "cuda": 32768}
+
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
@@ -136,6 +139,17 @@ def epoch_order(rows: int, epoch: int, batch_size: int, seed: int) -> tuple[Ints
     count = math.ceil(rows / batch_size)
     batches = np.array_split(jittered, count)
     return tuple(np.sort(batches[i]) for i in generator.permutation(count))
+
+
+def slots_of(rows: Sequence[Encoded], settings: TrainingSettings, kind: str) -> int:
+    """How many adapters train at once: so many as fill a step, and equally many in each turn."""
+    if not rows:
+        return 0
+    steps = sum(math.ceil(len(own) / settings.batch_size) for own in rows)
+    share = min(1.0, (settings.micro_batch or settings.batch_size) / settings.batch_size)
+    tokens = share * sum(int(own.lengths.sum()) for own in rows) / steps
+    fitting = settings.together or max(1, int(_TOKENS.get(kind, _TOKENS["cuda"]) / tokens))
+    return math.ceil(len(rows) / math.ceil(len(rows) / fitting))
 
 
 def plan(taken: Mapping[int, Taken], limits: Limits, kind: str) -> list[list[tuple[int, Ints]]]:

@@ -24,7 +24,7 @@ from raymerge.models.training.checkpoint import Course, State, decode_state, enc
 from raymerge.models.training.memory import TooLittleMemoryError, release, slots_that_fit
 from raymerge.models.training.optimiser import clip, update
 from raymerge.models.training.passes import Passes
-from raymerge.models.training.rows import Encoded, Limits, Taken, encode, epoch_order
+from raymerge.models.training.rows import Encoded, Limits, Taken, encode, epoch_order, slots_of
 from raymerge.models.training.settings import (
     GroupProgress,
     Trained,
@@ -36,9 +36,6 @@ from raymerge.models.training.settings import (
     learning_rate,
     steps_of,
 )
-
-# Tokens of one step, without padding: enough to keep the products large, few enough to stay in the caches of a CPU.
-_TOKENS = {"cpu": 2048, "cuda": 32768}
 
 
 def train(
@@ -113,7 +110,7 @@ class _Training:
         self.beginnings = Beginnings(self.stack, settings, start)
         self.passes = Passes(base, layers, self.stack, settings, limits, watch.said)
         courses = [course for course, _ in (*self.paused, *self.done.values())]
-        self._fill(found.together if found else _slots(self.rows, settings, base.device.type))
+        self._fill(found.together if found else slots_of(self.rows, settings, base.device.type))
         known = {course.group: course for course in courses}
         self.progress = {
             group.name: self._progress(known.get(number, Course(number))) for number, group in enumerate(groups)
@@ -298,14 +295,3 @@ def _validation(base: BaseModel, group: TrainingGroup, settings: TrainingSetting
     if settings.patience is None:
         return None
     return encode(base, group.validation, settings, f"{group.name}: validation")
-
-
-def _slots(rows: Sequence[Encoded], settings: TrainingSettings, kind: str) -> int:
-    """How many adapters train at once: so many as fill a step, and equally many in each turn."""
-    if not rows:
-        return 0
-    steps = sum(math.ceil(len(own) / settings.batch_size) for own in rows)
-    share = min(1.0, (settings.micro_batch or settings.batch_size) / settings.batch_size)
-    tokens = share * sum(int(own.lengths.sum()) for own in rows) / steps
-    fitting = settings.together or max(1, int(_TOKENS.get(kind, _TOKENS["cuda"]) / tokens))
-    return math.ceil(len(rows) / math.ceil(len(rows) / fitting))

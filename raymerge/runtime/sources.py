@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from raymerge import storage
-from raymerge.adapters import LoraAdapter
+from raymerge.adapters import LoraAdapter, ModuleHeader
 from raymerge.adapters.formats import adapter_digest
 from raymerge.errors import AdapterError, MergeError, ModelError, StorageError
 from raymerge.merging.inputs import widest_dtype
@@ -143,6 +143,7 @@ class _Loader:
         self.anchors = anchors
         self.linear = linear_modules(model)
         self.adapters: list[LoraAdapter] = []
+        self._headers: list[Mapping[str, ModuleHeader]] = []
         self.prefixes: list[Prefix] = []
         self._numbers: dict[str, int] = {}
         self._prefix_numbers: dict[str, int] = {}
@@ -181,12 +182,13 @@ class _Loader:
         shares, anchor_share = mixture_weights(experts, weights, task.merges["scale"], anchor, products)
         numbers = [self._add(e.location, adapter) for e, adapter in zip(task.experts, experts, strict=True)]
         row = dict(zip(numbers, shares, strict=True))
-        nbytes = exact_bytes([*experts, anchor] if anchor is not None and abs(anchor_share) > 1e-12 else experts)
+        itemsize = widest_dtype(experts).itemsize
         if anchor is None or inputs.anchor is None:
-            return Answerer(row, nbytes=nbytes, experts=len(experts))
+            return Answerer(row, nbytes=itemsize * self._exact_size(numbers), experts=len(experts))
         number = self._add(inputs.anchor, anchor)
         row[number] = row.get(number, 0.0) + anchor_share
-        return Answerer(row, None, number, nbytes, len(experts))
+        adds = [*numbers, number] if abs(anchor_share) > 1e-12 else numbers
+        return Answerer(row, None, number, itemsize * self._exact_size(adds), len(experts))
 
     def _products(
         self, task: MergeTask, inputs: MergeInputs, experts: Sequence[LoraAdapter], anchor: LoraAdapter | None
@@ -205,7 +207,19 @@ class _Loader:
             check_fits(adapter.name, adapter.headers, self.linear)
             self._numbers[identity] = len(self.adapters)
             self.adapters.append(adapter)
+            self._headers.append(adapter.headers)
         return self._numbers[identity]
+
+    def _exact_size(self, numbers: Sequence[int]) -> int:
+        """Entries of the factors of a linear merge at rank exact, before it is made: ranks add up as far as a module's
+        shape allows. It is less where the adapters' factors depend on each other."""
+        ranks: dict[str, int] = {}
+        shapes: dict[str, tuple[int, int]] = {}
+        for number in numbers:
+            for path, header in self._headers[number].items():
+                ranks[path] = ranks.get(path, 0) + header.rank
+                shapes[path] = header.shape
+        return sum(min(rank, *shapes[path]) * sum(shapes[path]) for path, rank in ranks.items())
 
     def _add_prefix(self, location: str, name: str) -> int:
         if location not in self._prefix_numbers:
@@ -214,16 +228,3 @@ class _Loader:
             self._prefix_numbers[location] = len(self.prefixes)
             self.prefixes.append(prefix)
         return self._prefix_numbers[location]
-
-
-def exact_bytes(adapters: Sequence[LoraAdapter]) -> int:
-    """Bytes of the factors of a linear merge at rank exact, before it is made: ranks add up as far as a module's shape
-    allows, in the widest dtype there is. It is less where the adapters' factors depend on each other."""
-    ranks: dict[str, int] = {}
-    shapes: dict[str, tuple[int, int]] = {}
-    for adapter in adapters:
-        for path, header in adapter.headers.items():
-            ranks[path] = ranks.get(path, 0) + header.rank
-            shapes[path] = header.out_features, header.in_features
-    numbers = sum(min(rank, *shapes[path]) * sum(shapes[path]) for path, rank in ranks.items())
-    return numbers * widest_dtype(adapters).itemsize

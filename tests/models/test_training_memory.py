@@ -1,5 +1,6 @@
 """Rows cut by micro_batch or by memory, and blocks computed again, give the same; what is kept is less."""
 
+import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,15 @@ from raymerge.models.training.beginning import targets
 from tests.models.training_groups import SETTINGS, Recorder, group, relative
 
 GROUPS = [group("p0", 16, 0, validation=3), group("p1", 12, 1, validation=6), group("p2", 8, 2, validation=1)]
+
+
+@pytest.fixture(autouse=True)
+def small_heap() -> Iterator[None]:
+    """Wherever memory runs out garbage is collected. What was there before the test, mostly imported libraries, is not
+    looked at: it took 0.3 s each time, and most of the time of these tests."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def assert_same(found: list[Trained], wanted: list[Trained]) -> None:

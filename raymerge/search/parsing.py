@@ -123,7 +123,7 @@ class Entry:
     def _choices(self, given: Any) -> tuple[Any, ...]:
         if not isinstance(given, list) or not given:
             self.refuse(f"has no choices; found {given!r}.\nExpected a list of one value or more.")
-        choices = [json.dumps(one) if isinstance(one, list | dict) else one for one in given]
+        choices = [as_scalar(one) for one in given]
         for i, one in enumerate(choices):
             if one in choices[:i]:
                 self.refuse(f"has the choice {one!r} twice.\nName each once.")
@@ -273,6 +273,11 @@ class Entry:
 def refuse(location: str, name: str, text: str) -> NoReturn:
     """Raise ProjectError that names the project file and what in the space is wrong."""
     raise ProjectError(f"{location}: search.space{'.' if name else ''}{name}: {text}")
+
+
+def as_scalar(choice: Any) -> Any:
+    """A choice as samplers take it: a list or a mapping as its JSON text."""
+    return json.dumps(choice) if isinstance(choice, list | dict) else choice
 
 
 def known_names() -> list[str]:

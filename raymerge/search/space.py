@@ -12,7 +12,7 @@ from raymerge.errors import MergeError, ProjectError, RecipeError, unknown
 from raymerge.merging.methods import METHODS
 from raymerge.recipes import Recipe
 from raymerge.routing.strategies import STRATEGIES
-from raymerge.search.parsing import FIXED, OFFSETS, SEARCHED, Entry, Parameter, known_names, refuse
+from raymerge.search.parsing import FIXED, OFFSETS, SEARCHED, Entry, Parameter, as_scalar, known_names, refuse
 from raymerge.search.points import Space
 
 __all__ = ["Parameter", "Space", "parse_space"]
@@ -52,8 +52,9 @@ def parse_space(
         methods=_tried(context, "method", written, base.get("method", "linear")),
     )
     entries = [replace(context, name=name, written=value) for name, value in written.items()]
+    parameters = _with_conditions(entries)
     penalties = {OFFSETS[entry.name]: entry.penalty for entry in entries if entry.name in OFFSETS}
-    space = Space(base, _with_conditions(entries), penalties, centred)
+    space = Space(base, parameters, penalties, centred)
     if space.free > search.free:
         refuse(
             where,
@@ -135,7 +136,7 @@ def _when(entry: Entry, one: Parameter, choices: Mapping[str, tuple[Any, ...]]) 
     for other, values in written.items():
         if other not in choices:
             entry.refuse(f"when: {unknown('parameter with choices', str(other), choices)}")
-        asked = values if isinstance(values, list) else [values]
+        asked = [as_scalar(value) for value in (values if isinstance(values, list) else [values])]
         for value in asked:
             if value not in choices[other]:
                 entry.refuse(f"when: {unknown(f'choice of {other}', str(value), map(str, choices[other]))}")

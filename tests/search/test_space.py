@@ -135,6 +135,15 @@ def test_conditions_follow_from_the_registries():
     assert make({"density": {"min": 0.1, "max": 1}}, recipe={"strategy": "soft", "method": "ties"}).conditional is False
 
 
+def test_a_condition_may_name_a_choice_that_is_a_mapping():
+    ranks = [{"energy": 0.9, "max": 32}, 8]
+    space = make({"k": {"min": 2, "max": 9, "when": {"rank": ranks[0]}}, "rank": ranks})
+    assert {(space.recipe(values).rank == 8, "k" in values) for values in suggested(space, SAMPLERS["random"]())} == {
+        (True, False),
+        (False, True),
+    }
+
+
 def test_a_parameter_of_the_recipe_is_left_out_where_it_has_no_meaning():
     space = make({"strategy": ["soft", "top_k"]}, recipe="near")
     assert space.written({"strategy": "soft"}) == {"strategy": "soft", "temperature": 0.3}
@@ -329,6 +338,7 @@ PAIR = {"experts": ["a", "b"]}
         ({"strategy": ["named"], "weights": {**PAIR, "step": 0.5}}, "steps in a grid alone"),
         ({"strategy": ["named"], "weights": {**PAIR, "min": -2, "max": -1}}, "Expected max above 0"),
         ({"strategy": ["named"], "weights": {**PAIR, "per": "cluster"}}, "per is 'cluster'"),
+        ({"scale_by_cluster": True}, "scale_by_cluster: found True.\nExpected {max"),
         ({"scale_by_cluster": {"max": 0}}, "Expected max above 0"),
         ({"scale_by_cluster": {"penalty": -1}}, "penalty 0 or more"),
         ({"scale_by_layers": {"groups": 1}}, "groups is 1"),

@@ -107,6 +107,8 @@ class HeldWorkers:
 
     def _take_turn(self, workers: LocalWorkers, items: Sequence[Item]) -> None:
         with self._turn:
+            if self._ended is not None:  # while this call waited: its items have failed
+                return
             try:
                 workers.carry_out(items, self._settled, self._progress)
             except BaseException as error:

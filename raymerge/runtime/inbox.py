@@ -34,7 +34,7 @@ class Inbox:
         """What was put since this was last asked. Raises PoolError where all is given up."""
         with self._lock:
             if self._given_up:
-                raise PoolError("the pool was closed with items open")
+                raise PoolError("the pool is closed")
             items, self._items = tuple(self._items), []
         return items
 

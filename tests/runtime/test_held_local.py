@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,8 @@ class Counter:
         raise AdapterError(f"{payload}: holds NaN")
 
     def interrupt(self, payload: Any) -> None:
+        if isinstance(payload, threading.Event):
+            payload.wait(30)
         raise KeyboardInterrupt
 
 
@@ -122,6 +126,20 @@ def test_after_an_interrupt_or_the_end_nothing_is_begun():
         pass
     with pytest.raises(PoolError, match="the pool is closed"):
         workers.carry_out(counts("b"))
+
+
+def test_who_waits_for_a_turn_while_the_pool_breaks_is_told():
+    gate = threading.Event()
+    with HeldWorkers(KINDS, local=True) as workers, ThreadPoolExecutor(2) as threads:
+        breaks = threads.submit(workers.carry_out, [Item("a", "m", "interrupt", gate)])
+        waits = threads.submit(workers.carry_out, counts("b", "c"))
+        until = time.monotonic() + 30
+        while len(workers._open) < 3:
+            assert time.monotonic() < until
+        gate.set()
+        assert isinstance(breaks.exception(30), KeyboardInterrupt)
+        with pytest.raises(PoolError, match="the pool was interrupted"):
+            waits.result(30)
 
 
 class Scores:

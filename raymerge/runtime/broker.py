@@ -104,12 +104,13 @@ class Broker:
         """The answer to a trial's question, by the trial's number and the rung."""
         self._begun.wait(START_S)
         with self._lock:
-            known = self._answers.get((number, rung))
-            promised = known or self._answers.setdefault((number, rung), Future())
-        if known is None:
+            is_new = (number, rung) not in self._answers
+            promised = self._answers.setdefault((number, rung), Future())
+        if is_new:
             promised.set_result(answer(self._scorer, values, rung, self._workers.carry_out))
         found = promised.result()
-        return replace(found, said=tuple(self._said.popleft() for _ in range(len(self._said))))
+        with self._lock:  # the workers may say more meanwhile, but nobody else takes it
+            return replace(found, said=tuple(self._said.popleft() for _ in range(len(self._said))))
 
     def close(self) -> None:
         """End the workers."""

@@ -32,7 +32,6 @@ class Course:
     def __init__(self, study: Study, may_go_on: Callable[[], bool], watch: Watch) -> None:
         self.over: Exception | None = None
         self._study, self._may_go_on, self._watch = study, may_go_on, watch
-        self._dropped: set[int] = set()
         self._deaths: Counter[int] = Counter()
         self._again: deque[Trial] = deque()
 
@@ -47,7 +46,7 @@ class Course:
             self._watch.begun(trial)
         return trial
 
-    def report(self, trial: Trial, rung: int, answer: Answer) -> bool:
+    def report(self, trial: Trial, answer: Answer) -> bool:
         """The answer to a trial's question; whether the trial ends here."""
         for text in answer.said:
             self._watch.say(text)
@@ -57,15 +56,11 @@ class Course:
         if answer.figures is None:
             self._study.fail(trial.number, answer.error or "no reason given")
             return True
-        if rung < len(trial.rungs):
-            return trial.number in self._dropped
         try:
             drop = self._study.report(trial.number, answer.figures)
         except EvaluationError as error:  # not finite
             self._study.fail(trial.number, str(error))
             return True
-        if drop:
-            self._dropped.add(trial.number)
         self._watch.reported(trial)
         return drop
 

@@ -52,7 +52,7 @@ def search_here(
     with HeldWorkers(kinds, local=True, progress=Told(watch.say)) as workers:
         while course.over is None and (trial := course.begin()) is not None:
             for rung in range(len(trial.rungs), len(scorer.rungs)):
-                if course.report(trial, rung, answer(scorer, trial.values, rung, workers.carry_out)):
+                if course.report(trial, answer(scorer, trial.values, rung, workers.carry_out)):
                     break
             course.end(trial)
     if course.over is not None:
@@ -73,14 +73,14 @@ def search_on_ray(
 ) -> None:
     """Carry out what the study proposes, until it has no more to propose or `may_go_on` says no.
 
-    concurrency: trials at once; None is one for each model worker, and one that is routed meanwhile. For the other
+    concurrency: trials at once; None is one for each worker, and one that is routed meanwhile. For the other
     arguments see `run_on_ray`. Raises PoolError if the Ray cluster lacks what a worker takes, if no worker comes up, or
     if the broker dies; KeyboardInterrupt and SystemExit after SIGINT and SIGTERM. Whatever is raised, what was scored
     is in the study, no worker is left, and trials that were under way are handed out again by the next search.
     """
     with connected() as ray, _signals() as noted, _quietly(), tempfile.TemporaryDirectory(prefix="raymerge-") as folder:
         plan = plan_here(ray, kinds, autoscaling=autoscaling)
-        at_once = concurrency or plan.counts.get("model", sum(plan.counts.values())) + 1
+        at_once = concurrency or sum(plan.counts.values()) + 1
         options = {"ready_deadline_s": ready_deadline_s, "max_attempts": max_attempts, "autoscaling": autoscaling}
         broker = _broker(ray, at_once, (scorer, tuple(kinds), options))
         course = Course(study, may_go_on, watch)
@@ -146,8 +146,9 @@ def _tuner(
     class Reporting(_Here, FIFOScheduler):  # type: ignore[misc]
         def on_trial_result(self, tune_controller: Any, trial: Any, result: Mapping[str, Any]) -> str:
             now = running[trial.trial_id]
-            ends = course.kept(lambda: course.report(now, result["rung"], result["answer"]), True)
-            return str(self.STOP if ends else self.CONTINUE)
+            ends = course.kept(lambda: course.report(now, result["answer"]), True)
+            # told now, since asked for more after its last rung a trial would give the same result again
+            return str(self.STOP if ends or result["rung"] + 1 == rungs else self.CONTINUE)
 
     class Starting(_Here, tune.Callback):  # type: ignore[misc]
         def on_trial_start(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -63,9 +61,9 @@ def optimism(scores: NDArray[np.float64], seed: int = 0, resamples: int = 2000) 
 def complexity(recipe: Recipe, experts: float) -> tuple[int, int, int, int]:
     """How involved a recipe is; smaller tuples are simpler. experts: that contribute to a persona, a mean.
 
-    In this order: linear, then other methods, then those that drop entries at random; contributors, to the next whole
-    number; numbers searched beside (offsets of the scale, weights of named experts); parameters that are not at their
-    defaults. The rank is left out: it is chosen afterwards, from the front of similarity against bytes.
+    In this order: linear, then other methods, then those that drop entries at random; contributors, to the nearest
+    whole number; numbers searched beside (offsets of the scale, weights of named experts); parameters that are not at
+    their defaults. The rank is left out: it is chosen afterwards, from the front of similarity against bytes.
     """
     defaults = METHODS[recipe.method].defaults
     kind = 0 if recipe.method == "linear" else 2 if "seed" in defaults else 1
@@ -141,8 +139,8 @@ def _shares(trials: Sequence[Trial], parameters: Sequence[Parameter]) -> dict[st
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
     distributions = {parameter.name: _distribution(parameter) for parameter in parameters}
-    with _quiet():
-        study = optuna.create_study(direction="maximize")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # it speaks of every study made in memory
+    study = optuna.create_study(direction="maximize")
     for trial, value in zip(trials, scored, strict=True):
         given = {parameter.name: _plain(parameter, trial.values[parameter.name]) for parameter in parameters}
         study.add_trial(optuna.trial.create_trial(value=value, params=given, distributions=distributions))
@@ -164,22 +162,9 @@ def _distribution(parameter: Parameter) -> optuna.distributions.BaseDistribution
 def _plain(parameter: Parameter, value: Any) -> float:
     """A value as the distribution takes it: of a choice its place."""
     if parameter.kind == "choice":
-        return [json.dumps(one, sort_keys=True) for one in parameter.choices].index(json.dumps(value, sort_keys=True))
+        return parameter.choices.index(value)
     kept = np.clip(value, *parameter.bounds)  # steps may overshoot the end by a rounding
     return int(kept) if parameter.kind == "int" else float(kept)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without optuna's line about each study that is made."""
-    import optuna
-
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(before)
 
 
 def _count(value: Any) -> int:

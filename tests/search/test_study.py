@@ -120,15 +120,14 @@ def test_a_search_cut_after_any_event_goes_on_as_the_undisturbed_one(
 def test_a_search_whose_driver_is_killed_goes_on_as_the_undisturbed_one(tmp_path: Path) -> None:
     whole, trials = undisturbed("tpe", 0)
     drive = "import runpy, sys; t = runpy.run_path(sys.argv[1]); t['finish'](t['opened'](t['wanted'](), sys.argv[2]))"
-    for lines in (12, 45):
-        driver = subprocess.Popen([sys.executable, "-c", drive, __file__, str(tmp_path)])
-        deadline = time.monotonic() + 120
-        while not (tmp_path / NAME).exists() or len((tmp_path / NAME).read_bytes().splitlines()) < lines:
-            assert time.monotonic() < deadline
-            assert driver.poll() is None
-        driver.kill()
-        driver.wait()
-        assert len((tmp_path / NAME).read_bytes()) < len(whole)
+    driver = subprocess.Popen([sys.executable, "-c", drive, __file__, str(tmp_path)])
+    deadline = time.monotonic() + 120
+    while not (tmp_path / NAME).exists() or len((tmp_path / NAME).read_bytes().splitlines()) < 30:
+        assert time.monotonic() < deadline
+        assert driver.poll() is None
+    driver.kill()
+    driver.wait()
+    assert len((tmp_path / NAME).read_bytes()) < len(whole)
     assert finish(opened(wanted(), tmp_path)).trials == trials
     assert (tmp_path / NAME).read_bytes() == whole
 
@@ -390,7 +389,7 @@ def test_a_file_that_is_no_journal_is_refused(tmp_path: Path) -> None:
             opened(wanted(), tmp_path)
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "cmaes", "random"])
+@pytest.mark.parametrize("sampler", ["tpe", "cmaes"])
 def test_a_thousand_trials_are_entered_again_in_seconds(tmp_path: Path, sampler: str) -> None:
     search = wanted(sampler, trials=1000, space=NUMBERS)
     opened(search, tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from raymerge.pipelines import tuning
 from raymerge.pipelines.job import JobResult, carry_out
 from raymerge.pipelines.opening import Opened
 from raymerge.pipelines.placing import embeddings_are_there, place
@@ -25,7 +26,7 @@ def describe(opened: Opened, steps: Steps) -> list[str]:
     lines = []
     for name, recipe in opened.recipes.items():
         if recipe.tuned or recipe.strategy == "selective":
-            lines.append(f"{name}: {' and '.join(recipe.tuned) or 'its adapters'} chosen on validation examples first")
+            lines.append(tuning.described(opened, recipe))
             continue
         alone = replace(plan, opened=opened.only([name])).placing()
         if alone.embeddings and not embeddings_are_there(opened, alone.experts):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,9 +65,8 @@ def tuning_items(
             merges = merges_of(opened, plain, table)
             by_weight[weight] = answering_of(opened, plain, table, merges, trained, in_memory=True)
         tried.append((values, by_weight[weight]))
-    without = set(opened.need_personas("tuning").missing("validation"))
     settings = opened.project.evaluation
-    personas = spread([name for name in sorted(tried[0][1]) if name not in without], settings.tuning_personas)
+    personas = spread(_with_examples(opened, tried[0][1]), settings.tuning_personas)
     asking = asking_of(opened, "validation", retrieval_of(opened, recipe), settings.tuning_examples)
     items = []
     for number, part in enumerate(cut(personas, settings.personas_per_item)):
@@ -80,6 +79,26 @@ def tuning_items(
         waits = frozenset().union(*(waits_for(found, part) for found in by_weight.values()))
         items.append(Item(f"tune/{recipe.name}/{number:04d}", "model", "tune", task, after=waits))
     return items
+
+
+def _with_examples(opened: Opened, names: Iterable[str]) -> list[str]:
+    without = set(opened.need_personas("tuning").missing("validation"))
+    return [name for name in sorted(names) if name not in without]
+
+
+def described(opened: Opened, recipe: Recipe) -> str:
+    """What a recipe that leaves something open does first, in a line, as far as it is known before routing."""
+    able, settings = len(_with_examples(opened, opened.names)), opened.project.evaluation
+    if not recipe.tuned:
+        among = ", ".join(recipe.strategy_parameters["among"])
+        return f"{recipe.name}: its adapters are chosen among {among} first, by their scores for {_personas(able)}"
+    candidates = f"{len(grid(opened, recipe))} candidates of {' and '.join(recipe.tuned)} are tried first"
+    asked = f"up to {settings.tuning_examples} validation examples of {_personas(min(able, settings.tuning_personas))}"
+    return f"{recipe.name}: {candidates}, on {asked}"
+
+
+def _personas(count: int) -> str:
+    return f"{count} persona{'s' if count != 1 else ''}"
 
 
 def nobody_to_ask(recipe: Recipe) -> str:

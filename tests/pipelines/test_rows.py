@@ -286,6 +286,23 @@ def test_what_cannot_be_scored_fails_its_own_rows_alone(project, capsys):
     assert (runs(project) / "base/evaluation/summary.json").exists()
 
 
+def test_a_plan_says_how_many_candidates_are_tried_on_whom(project, capsys):
+    recipes = {
+        "own": {"strategy": "own", "scale": "tuned"},
+        "base": {"strategy": "base"},
+        "mixed": {"strategy": "hybrid", "scale": "tuned"},
+        "best": {"strategy": "selective", "among": ["own", "base"]},
+    }
+    change(project, recipes=recipes, evaluation={"scales": [0.5, 1, 2], "tuning_personas": 4, "tuning_examples": 2})
+    without(project, "p0", "validation")
+    shutil.copytree(Path(project).parent / "adapters/p1", Path(project).parent / "unified")
+    assert merge(project, plan=True) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert "own: 3 candidates of factor are tried first, on up to 2 validation examples of 4 personas" in told
+    assert "best: its adapters are chosen among own, base first, by their scores for 5 personas" in told
+    assert any(line.startswith("mixed: 12 candidates of factor and own_weight are tried first") for line in told)
+
+
 def test_a_changed_grid_is_tried_anew(project):
     change(project, recipes={"own": {"strategy": "own", "scale": "tuned"}}, evaluation={"scales": [0.5]})
     assert merge(project, local=True) == 0

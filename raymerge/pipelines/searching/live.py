@@ -54,7 +54,10 @@ class Live:
             from rich.live import Live as RichLive
 
             self._live = RichLive(
-                console=Console(file=self._stream), get_renderable=self._table, refresh_per_second=2, transient=True
+                console=Console(file=self._stream),
+                get_renderable=self.get_renderable,
+                refresh_per_second=2,
+                transient=True,
             )
             self._live.start()
         return self
@@ -106,14 +109,15 @@ class Live:
             parts.append(f"{clock_text(left)} left")
         return ", ".join(parts)
 
-    def _table(self) -> RenderableType:
+    def get_renderable(self) -> RenderableType:
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
 
-        table = Table.grid(padding=(0, 2))
-        for justify in ("right", "right", "right", "left"):
-            table.add_column(justify=justify, no_wrap=True, overflow="ellipsis")
+        table = Table.grid(padding=(0, 2), expand=True)
+        for width in (5, 13, 8):
+            table.add_column(justify="right", no_wrap=True, min_width=width)
+        table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)  # what is left
         table.add_row("trial", "similarity", "personas", "recipe", style="dim")
         best = self._best()
         recent = sorted(self._trials.values(), key=lambda trial: trial.number)[-SHOWN:]

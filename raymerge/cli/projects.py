@@ -10,7 +10,8 @@ from raymerge.cli.application import app, end
 
 ProjectFile = Annotated[str, typer.Argument(metavar="PROJECT", help="Project file; `raymerge init` writes one.")]
 Recipes = Annotated[
-    list[str] | None, typer.Option("--recipe", metavar="NAME", help="Only this one, or a file's; may be repeated.")
+    list[str] | None,
+    typer.Option("--recipe", metavar="NAME or FILE", help="Only this one, or a file's; may be repeated."),
 ]
 Runs = Annotated[list[str] | None, typer.Option("--run", metavar="NAME", help="Only this run; may be repeated.")]
 Local = Annotated[bool, typer.Option("--local", help="In this process, without Ray.")]

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from raymerge import storage
 from raymerge.errors import ProjectError
+from raymerge.evaluation.scores import kind_of
 from raymerge.evaluation.statistics import bootstrap_means, interval
 from raymerge.manifest import read_manifest
 from raymerge.pipelines.job import JobResult
@@ -87,7 +88,8 @@ def _remove_other(folder: str, recipe: Mapping[str, Any] | None) -> None:
 
 
 def beside(opened: Opened, names: Sequence[str]) -> list[Beside]:
-    """The winner's test score against other evaluated runs, the best of them first; runs without scores left out."""
+    """The winner's test score against other evaluated runs, the best of them first. Runs without scores are left out,
+    and ceilings, which nothing is to beat."""
     own = _by_persona(opened, WINNER)
     if own is None:
         return []
@@ -95,13 +97,17 @@ def beside(opened: Opened, names: Sequence[str]) -> list[Beside]:
     for name in names:
         other = _by_persona(opened, name)
         both = sorted(set(own) & set(other or {}))
-        if name == WINNER or other is None or len(both) < 2:
+        if name == WINNER or other is None or len(both) < 2 or _is_ceiling(opened, name):
             continue
         differences = np.array([[own[p] - other[p]] for p in both])
         low, high = interval(bootstrap_means(differences), len(both))
         mean = float(np.mean([other[p] for p in both]))
         found.append(Beside(name, mean, float(differences.mean()), float(low[0]), float(high[0])))
     return sorted(found, key=lambda one: -one.similarity)
+
+
+def _is_ceiling(opened: Opened, name: str) -> bool:
+    return kind_of(name, storage.read_json(storage.join(opened.project.run_folder(name), "recipe.json"))) == "ceiling"
 
 
 def test_score(opened: Opened) -> float | None:

@@ -60,8 +60,9 @@ def search(
     """
     opened = with_settings(open_project(location), settings or {})
     winner.check_names(opened, opened.project.recipes)
+    sought = prepare(opened, restart=restart, local=local)
     with nullcontext() if local else connected():  # once for all that follows
-        chosen, sought = find(opened, restart=restart, local=local)
+        chosen = find(sought, local=local)
         rows, notes = winner.rows_of(opened, chosen.written)
         result = winner.score_on_test(opened, rows, local=local)
     beside = winner.beside(opened, winner.evaluated_runs(opened))
@@ -73,17 +74,16 @@ def search(
     return finish(result)
 
 
-def find(opened: Opened, *, restart: bool, local: bool) -> tuple[Chosen, Sought]:
+def find(sought: Sought, *, local: bool) -> Chosen:
     """Search, choose, and write what was found, so far without test scores."""
     with nullcontext() if local else connected():
-        sought = prepare(opened, restart=restart, local=local)
         run_trials(sought, local=local)
         chosen = choose(sought.scorer, sought.study)
         write_results(sought.scorer, sought.study, chosen)
         with _held(sought, local=local) as held:
             chosen = score_at_ranks(sought.scorer, chosen, held.carry_out)
         write_results(sought.scorer, sought.study, chosen)
-    return chosen, sought
+    return chosen
 
 
 def with_settings(opened: Opened, settings: Mapping[str, Any]) -> Opened:

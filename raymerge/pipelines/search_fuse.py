@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from raymerge.pipelines.search import find, with_settings
+from raymerge.pipelines.search import find, prepare, with_settings
 from raymerge.pipelines.searching.chosen import show
 from raymerge.pipelines.searching.fused import Fused, as_project
 
@@ -14,7 +14,7 @@ from raymerge.pipelines.searching.fused import Fused, as_project
 def search_fuse(asked: Fused, *, settings: Mapping[str, Any], restart: bool = False, local: bool = False) -> int:
     """Search, and print the weights and the command that fuses with them. Returns the exit status."""
     opened = with_settings(as_project(asked), settings)
-    chosen, _ = find(opened, restart=restart, local=local)
+    chosen = find(prepare(opened, restart=restart, local=local), local=local)
     show(chosen, opened.project)
     weights = chosen.written["weights"]
     places = " ".join(shlex.quote(f"{name}={place}") for name, place in opened.project.experts.items())

@@ -75,7 +75,8 @@ def folder_of(project: str) -> Path:
 
 def found(project: str, *, restart: bool = False, **settings) -> Chosen:
     """A search up to the choice, without test scores and their page."""
-    return find(with_settings(open_project(project), settings), restart=restart, local=True)[0]
+    opened = with_settings(open_project(project), settings)
+    return find(prepare(opened, restart=restart, local=True), local=True)
 
 
 def figures_of(project: str, *, answers: bool = True) -> list:

@@ -57,7 +57,7 @@ def choose(scorer: RecipeScorer, study: Study) -> Chosen:
         best=best.number,
         simplest=number,
         similarity=taken.rungs[-1].values["similarity"],
-        optimism=optimism(values - penalties),
+        optimism=optimism(values - penalties) if len(complete) > 1 else None,  # of one, nothing was chosen here
         recipe=space.written(taken.values),
         objectives=search.objectives,
         importances=importances(study.trials, space),
@@ -78,7 +78,10 @@ def score_at_ranks(scorer: RecipeScorer, chosen: Chosen, carry_out: CarryOut) ->
     for rank in scorer.opened.project.search.ranks:
         recipe = parse_recipe(winner.WINNER, {**chosen.written, "rank": rank}, centred=scorer.space.centred)
         try:
-            values = scorer.score_recipe(recipe, len(scorer.rungs) - 1, carry_out).values
+            if rank == scorer.space.recipe(chosen.trial.values).rank:  # as it was searched: no worker is asked
+                values = chosen.trial.rungs[-1].values
+            else:
+                values = scorer.score_recipe(recipe, len(scorer.rungs) - 1, carry_out).values
         except EvaluationError as error:
             notes.append(f"at rank {rank} the winner cannot be scored: {str(error).splitlines()[0]}")
             continue

@@ -130,7 +130,7 @@ def compare(
     as_trained = best_rows(runs, aligned, scores, place, frozenset({"reference"}), seed)
     facts = Facts(
         figures.rows, figures.means, len(aligned.personas), place, judged.verdict, judged.needed, as_trained, project,
-        unified_adapter, recipes,
+        unified_adapter, recipes, any(run.validation_similarity is not None for run in runs),
     )  # fmt: skip
     shown = judged.chosen if judged.chosen is not None else _first_other(place, len(runs))
     warnings, notes = remarks(runs, aligned, reference, similarity_model, routing_model)

@@ -15,6 +15,7 @@ Kind = Literal["recipe", "reference", "baseline", "control", "ceiling", "externa
 REFERENCES = frozenset({"base", "unified", "own", "cluster_trained"})
 BASELINES = frozenset({"hybrid", "selective", "neighbours_trained"})  # trained or chosen, where others merge neighbours
 CONTROLS = frozenset({"random_k", "random_cluster", "shuffled"})
+SEARCHED = "searched"  # the run of what `raymerge search` found
 NEIGHBOURS = frozenset({"top_k", "sparse_moe", "soft", "hierarchical", "cluster_average", "learned_router"})
 
 

@@ -165,6 +165,16 @@ def test_what_tuning_brought_elsewhere_is_what_it_may_bring() -> None:
     assert step(guided(*references(), soft(0.58), tuned), "Tune the scale") is None
 
 
+def test_a_search_is_asked_for_once_and_where_examples_can_choose() -> None:
+    rows = [*references(), control(0.4)]
+    asked = step(guided(*rows, soft(0.6, validation_similarity=60.0)), "Search")
+    assert asked is not None
+    assert (asked.command, asked.gain, asked.seconds) == ("raymerge search p.yaml", None, 20 * 30)
+    assert step(guided(*rows, soft(0.6)), "Search") is None  # nobody has validation examples
+    assert step(guided(*rows, soft(0.6, name="searched", validation_similarity=60.0)), "Search") is None
+    assert step(guided(*references()), "Search") is None  # what is merged by hand costs less, and comes first
+
+
 @pytest.mark.parametrize(("chosen", "asks"), [(2.0, "above 2"), (0.5, "below 0.5"), (1.0, None)])
 def test_a_scale_at_the_end_of_the_grid_asks_for_a_wider_one(chosen: float, asks: str | None) -> None:
     tried = [{"factor": f, "similarity": 60 - 3 * abs(f - chosen)} for f in (0.5, 1.0, 2.0)]

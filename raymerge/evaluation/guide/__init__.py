@@ -25,6 +25,7 @@ from raymerge.evaluation.guide.without_training import (
     mix_own,
     retrieve,
     run_control,
+    search_recipe,
     tune_scale,
 )
 from raymerge.evaluation.wording import number, short, signed, size
@@ -34,6 +35,7 @@ MAKERS: Sequence[Callable[[Facts], Step | None]] = (
     merge_neighbours,
     compare_reference,
     tune_scale,
+    search_recipe,
     retrieve,
     choose_per_persona,
     mix_own,

@@ -77,7 +77,8 @@ class Facts:
     means: bootstrap means (resamples, rows). place: the reference row, or None. best, best_reference: the best rows of
     every persona, among all rows and among adapters as trained. needed: data that would tell the verdict's
     recipe from the reference, None where there is enough. project: the project file as commands name it; unified:
-    where it has the unified adapter; recipes: the recipes that it has, None where that is not known.
+    where it has the unified adapter; recipes: the recipes that it has, None where that is not known. validated: whether
+    recipes were chosen on validation examples, so that there are some.
     """
 
     rows: Sequence[Row]
@@ -90,6 +91,7 @@ class Facts:
     project: str
     unified: str = "unified"
     recipes: Collection[str] | None = None
+    validated: bool = False
 
     @property
     def merge(self) -> int | None:

@@ -6,12 +6,13 @@ Each function looks at the facts and makes its step, or none where it would gain
 from collections.abc import Mapping
 from typing import Any
 
-from raymerge.evaluation.guide.facts import Facts, Step, plus
+from raymerge.evaluation.guide.facts import Facts, Step, plus, scaled
 from raymerge.evaluation.rows import Row
-from raymerge.evaluation.scores import NEIGHBOURS, examples_in_prompt, same_but
+from raymerge.evaluation.scores import NEIGHBOURS, SEARCHED, examples_in_prompt, same_but
 from raymerge.evaluation.wording import signed
 
 USUAL_K = 5
+SEARCHED_ROWS = 20  # evaluations that 60 trials cost, most of which are dropped early
 USUAL_EXAMPLES = 3  # in a prompt
 
 
@@ -98,6 +99,20 @@ def _gain_of_tuning(facts: Facts, best: Row) -> tuple[tuple[float, float] | None
         if 1.0 in tried and row.kind in ("recipe", "baseline", "control"):
             return (0.0, max(tried.values()) - tried[1.0]), f"as {row.name} gained on validation examples"
     return None, ""
+
+
+def search_recipe(facts: Facts) -> Step | None:
+    """A search over how neighbours are merged, where recipes are merged by values that somebody wrote down."""
+    if facts.merge is None or facts.named(SEARCHED) is not None or not facts.validated:
+        return None
+    return Step(
+        what="Search k, temperature, scale and what else the project file says (search.space)",
+        gain=None,
+        because="a few validation examples choose, and what that is worth is said",
+        training=False,
+        seconds=scaled(SEARCHED_ROWS, facts.evaluating()),
+        command=facts.command("search"),
+    )
 
 
 def retrieve(facts: Facts) -> Step | None:

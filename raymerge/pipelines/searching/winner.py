@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from raymerge import storage
 from raymerge.errors import ProjectError
-from raymerge.evaluation.scores import kind_of
+from raymerge.evaluation.scores import SEARCHED, kind_of
 from raymerge.evaluation.statistics import bootstrap_means, interval
 from raymerge.manifest import read_manifest
 from raymerge.pipelines.job import JobResult
@@ -26,7 +26,7 @@ from raymerge.pipelines.steps import run_steps
 from raymerge.recipes import parse_recipes
 from raymerge.routing.strategies import CONTROLS, WITHOUT_NEIGHBOURS
 
-WINNER, RANDOM, UNIFIED = "searched", "searched_random_k", "searched_unified"
+WINNER, RANDOM, UNIFIED = SEARCHED, f"{SEARCHED}_random_k", f"{SEARCHED}_unified"
 RUNS = (WINNER, RANDOM, UNIFIED)
 
 

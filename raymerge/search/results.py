@@ -45,8 +45,8 @@ class Scores:
 class Summary:
     """What a search found, as `search.json` holds it.
 
-    winner: number of the trial that is taken; best: of the highest score; simplest: within one standard error of it.
-    similarity: the winner's on validation examples, percent. optimism: how much of it the selection accounts for, in
+    best: number of the trial of the highest score; winner: of the one that is taken, the simplest within one standard
+    error of it. similarity: the winner's on validation examples, percent. optimism: how much of it the selection accounts for, in
     points, None where it cannot be known. importances: share by parameter. front: numbers of trials that no other
     beats in all objectives. ranks: the winner at each rank, {rank, similarity, bytes}. log: parameters searched by
     their logarithm. budget: what was spent, such as trials, seconds, answers. run: name of the winner's run on test
@@ -56,7 +56,6 @@ class Summary:
 
     winner: int
     best: int
-    simplest: int
     similarity: float
     optimism: float | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)

@@ -96,7 +96,7 @@ def test_scores_come_back(tmp_path_factory: pytest.TempPathFactory, data: st.Dat
 
 def test_the_summary_comes_back(tmp_path: Path) -> None:
     summary = Summary(
-        winner=4, best=7, simplest=4, similarity=71.25, optimism=1.5, recipe={"strategy": "top_k", "k": 7},
+        winner=4, best=7, similarity=71.25, optimism=1.5, recipe={"strategy": "top_k", "k": 7},
         importances={"k": 0.75, "scale": 0.25}, front=(4, 7), log=("k",), budget={"trials": 60, "minutes": None},
         ranks=({"rank": "exact", "similarity": 71.5, "bytes": 2048.0},), notes=("it was short",), run="searched",
         beside=({"name": "unified", "difference": 1.5},),

@@ -55,7 +55,6 @@ def choose(scorer: RecipeScorer, study: Study) -> Chosen:
     summary = Summary(
         winner=number,
         best=best.number,
-        simplest=number,
         similarity=taken.rungs[-1].values["similarity"],
         optimism=optimism(values - penalties) if len(complete) > 1 else None,  # of one, nothing was chosen here
         recipe=space.written(taken.values),

@@ -46,12 +46,12 @@ class Summary:
     """What a search found, as `search.json` holds it.
 
     best: number of the trial of the highest score; winner: of the one that is taken, the simplest within one standard
-    error of it. similarity: the winner's on validation examples, percent. optimism: how much of it the selection accounts for, in
-    points, None where it cannot be known. importances: share by parameter. front: numbers of trials that no other
-    beats in all objectives. ranks: the winner at each rank, {rank, similarity, bytes}. log: parameters searched by
-    their logarithm. budget: what was spent, such as trials, seconds, answers. run: name of the winner's run on test
-    examples, test: its similarity there in percent, beside: it against other runs, {name, similarity, difference, low,
-    high}; what was not scored is left empty. notes: what a reader should know.
+    error of it. similarity: the winner's on validation examples, percent. optimism: how much of it the selection
+    accounts for, in points, None where it cannot be known. importances: share by parameter. front: numbers of trials
+    that no other beats in all objectives. ranks: the winner at each rank, {rank, similarity, bytes}. log: parameters
+    searched by their logarithm. budget: what was spent, such as trials, seconds, answers. run: name of the winner's run
+    on test examples, test: its similarity there in percent, beside: it against other runs, {name, similarity,
+    difference, low, high}; what was not scored is left empty. notes: what a reader should know.
     """
 
     winner: int

@@ -87,7 +87,7 @@ def make_search(trials: tuple[Trial, ...] | None = None, **changed) -> Searched:
         )
     )
     summary = Summary(
-        best, best, best, 69.0, run="searched", test=68.2, beside=beside, optimism=0.42, front=front,
+        best, best, 69.0, run="searched", test=68.2, beside=beside, optimism=0.42, front=front,
         ranks=ranks, objectives=("similarity", "bytes"), log=("scale",), notes=("a note",),
         importances={"scale": 0.6, "k": 0.25, "method": 0.1, "rank": 0.04, "centred": 0.01, "density": 0.3},
     )  # fmt: skip
@@ -197,10 +197,10 @@ def test_the_smallest_searches_make_a_section(comparison: Comparison, states: tu
         Trial(i, {}, state, rungs.get(state, [Figures(4, {"similarity": 50.0 + i})])) for i, state in enumerate(states)
     )
     last = next(trial.number for trial in trials if trial.state == "complete")
-    files = render_report(comparison, searched=Searched(trials, Summary(last, last, last, 50.0)))
+    files = render_report(comparison, searched=Searched(trials, Summary(last, last, 50.0)))
     assert {name for name in files if name.startswith("search")} == {"search.png"}
     one = dataclasses.replace(trials[last], values={"k": 3, "scale": 1.0}, number=0)
-    files = render_report(comparison, searched=Searched((one,), Summary(0, 0, 0, 50.0, log=("scale", "k"))))
+    files = render_report(comparison, searched=Searched((one,), Summary(0, 0, 50.0, log=("scale", "k"))))
     assert {"search_slices.png", "search_parallel.png"} <= set(files)
 
 

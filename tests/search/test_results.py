@@ -103,7 +103,7 @@ def test_the_summary_comes_back(tmp_path: Path) -> None:
     )  # fmt: skip
     results.write_summary(str(tmp_path), summary)
     assert results.read_summary(str(tmp_path)) == summary
-    results.write_summary(str(tmp_path), Summary(0, 0, 0, 50.0, math.nan))
+    results.write_summary(str(tmp_path), Summary(0, 0, 50.0, math.nan))
     assert results.read_summary(str(tmp_path)).optimism is None
 
 

@@ -67,7 +67,7 @@ def read_searched(folder: str) -> Searched | None:
 
 def score(trial: Trial) -> float:
     """What a trial that was scored competes by: percent, less what its offsets cost."""
-    return similarity(trial) - (trial.last.penalty if trial.last else 0.0)
+    return trial.last.competes if trial.last else float("nan")
 
 
 def similarity(trial: Trial) -> float:

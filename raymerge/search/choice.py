@@ -132,7 +132,7 @@ def importances(trials: Sequence[Trial], space: Space) -> dict[str, float]:
 
 
 def _shares(trials: Sequence[Trial], parameters: Sequence[Parameter]) -> dict[str, float]:
-    scored = [trial.last.values["similarity"] - trial.last.penalty for trial in trials if trial.last]
+    scored = [trial.last.competes for trial in trials if trial.last]
     if len(trials) < FEWEST or not parameters or np.ptp(scored) == 0:
         return {}
     import optuna

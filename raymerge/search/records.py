@@ -25,6 +25,11 @@ class Figures:
     answers: int = 0
     seconds: float = 0.0
 
+    @property
+    def competes(self) -> float:
+        """What trials compete by: similarity less the penalty."""
+        return self.values["similarity"] - self.penalty
+
 
 @dataclass
 class Trial:

@@ -76,7 +76,7 @@ class Study:
         """The complete trial of the highest similarity minus penalty, the first of equal ones."""
         with self._lock:
             complete = [trial for trial in self.trials if trial.state == "complete"]
-            return max(complete, key=lambda trial: _competes(trial.rungs[-1]), default=None)
+            return max(complete, key=lambda trial: trial.rungs[-1].competes, default=None)
 
     def ask(self) -> Trial | None:
         """The next trial to be carried out, or None when as many as there may be are begun."""
@@ -181,7 +181,7 @@ class Study:
         if not self._stops:
             return False
         asked = self._asked[trial.number]
-        asked.report(_competes(figures), self._search.reduction**rung)  # the pruner's own spacing: a rung for each
+        asked.report(figures.competes, self._search.reduction**rung)  # the pruner's own spacing: a rung for each
         return rung + 1 < len(self._rungs) and bool(asked.should_prune())
 
     def _settle(self, trial: Trial, state: State, error: str | None = None) -> None:
@@ -193,7 +193,7 @@ class Study:
         else:  # CMA-ES passes over pruned trials, which with ASHA are most: it learns from the rung they reached
             figures = trial.rungs[-1]
             others = [figures.values[name] for name in self._search.objectives[1:]]
-            self._study.tell(trial.number, [_competes(figures), *others])
+            self._study.tell(trial.number, [figures.competes, *others])
 
     def _is_through(self, trial: Trial) -> bool:
         return trial.number in self._dropped or len(trial.rungs) == len(self._rungs)
@@ -220,10 +220,6 @@ class Study:
                 f"{'no more' if expected is None else f'those of {expected}'} were expected.\n"
                 f"Its rungs are {', '.join(map(str, self._rungs))}, one after the other."
             )
-
-
-def _competes(figures: Figures) -> float:
-    return figures.values["similarity"] - figures.penalty
 
 
 def _name(trial: Trial) -> str:

@@ -42,7 +42,7 @@ def compare_runs(location: str, runs: Sequence[str] = ()) -> Compared:
 
     project = load_project(location)
     output = project.path(project.output)
-    names = list(runs) or [n for n in storage.list_folders(output) if _is_run(n) and _evaluated(project, n)]
+    names = list(runs) or evaluated_runs(project)
     if not names:
         raise EvaluationError(f"{output}: no run has been evaluated.\n`raymerge run {location}` makes them.")
     for name in names:
@@ -90,6 +90,12 @@ def show(compared: Compared) -> None:
     console = Console()
     console.print(terminal_table(compared.comparison, console.width, compared.searched))
     console.print(f"Report: {compared.page}", soft_wrap=True, highlight=False)
+
+
+def evaluated_runs(project: Project) -> list[str]:
+    """Names of a project's runs that have test scores."""
+    folders = storage.list_folders(project.path(project.output))
+    return [name for name in folders if _is_run(name) and _evaluated(project, name)]
 
 
 def _is_run(name: str) -> bool:

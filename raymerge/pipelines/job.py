@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raymerge import storage
-from raymerge.config import Hardware, Project
+from raymerge.config import Project
 from raymerge.pipelines.opening import Opened, base_location
 from raymerge.runtime.pool import WorkerKind, run_local, run_on_ray
 from raymerge.runtime.progress import Progress
@@ -61,6 +61,15 @@ def worker_kinds(project: Project, base_model: str | None) -> list[WorkerKind]:
     return [merge, model]
 
 
+def pool_options(project: Project) -> dict[str, Any]:
+    """What a project says of its workers as a whole, as `run_on_ray` takes it."""
+    hardware = project.hardware
+    return {
+        "ready_deadline_s": hardware.ready_deadline, "max_attempts": hardware.max_attempts,
+        "autoscaling": hardware.autoscaling,
+    }  # fmt: skip
+
+
 def kinds_used(opened: Opened, items: Iterable[Item]) -> set[str]:
     """The kinds of worker that a job's first items need, and those that may follow on its embeddings.
 
@@ -88,7 +97,6 @@ def carry_out(
     """Run items to the end. Each settled item is noted in the timings of its run."""
     if not items:
         return JobResult(0, 0)
-    hardware: Hardware = opened.project.hardware
     used = kinds_used(opened, items)
     kinds = [kind for kind in worker_kinds(opened.project, base_location(opened.project)) if kind.name in used]
     timings = Timings(opened.project, items)
@@ -104,14 +112,12 @@ def carry_out(
         live.expect(new)
         return new
 
-    runner = run_local if local else run_on_ray
-    options: dict[str, Any] = (
-        {} if local else {"ready_deadline_s": hardware.ready_deadline, "autoscaling": hardware.autoscaling}
-    )
+    options = pool_options(opened.project)
     try:
-        outcomes = runner(
-            items, kinds, follow=settled, progress=progress, max_attempts=hardware.max_attempts, **options
-        )
+        if local:
+            outcomes = run_local(items, kinds, follow=settled, progress=progress, max_attempts=options["max_attempts"])
+        else:
+            outcomes = run_on_ray(items, kinds, follow=settled, progress=progress, **options)
     finally:
         timings.flush()
     return summarise(outcomes)

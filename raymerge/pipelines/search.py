@@ -16,8 +16,8 @@ from raymerge.config import Search
 from raymerge.errors import AdapterError, EvaluationError, ProjectError, RankError, unknown
 from raymerge.manifest import content_digest
 from raymerge.merging.rank import parse_rank
-from raymerge.pipelines.compare import compare_runs
-from raymerge.pipelines.job import carry_out, finish, worker_kinds
+from raymerge.pipelines.compare import compare_runs, evaluated_runs
+from raymerge.pipelines.job import carry_out, finish, pool_options, worker_kinds
 from raymerge.pipelines.opening import Opened, base_location, open_project
 from raymerge.pipelines.placing import Placed, Placing, check_placing, embeddings_are_there, place
 from raymerge.pipelines.planning import embedding_items
@@ -65,11 +65,12 @@ def search(
         chosen = find(sought, local=local)
         rows, notes = winner.rows_of(opened, chosen.written)
         result = winner.score_on_test(opened, rows, local=local)
-    beside = winner.beside(opened, winner.evaluated_runs(opened))
-    chosen = beside_others(chosen, winner.test_score(opened), beside, notes)
+    runs = evaluated_runs(opened.project)
+    beside = winner.beside(opened, runs)
+    chosen = beside_others(chosen, winner.score_on_test_examples(opened), beside, notes)
     write_results(sought.scorer, sought.study, chosen)
     show(chosen, opened.project)
-    if winner.evaluated_runs(opened):
+    if runs:
         print(f"Report: {compare_runs(location).page}", flush=True)
     return finish(result)
 
@@ -80,7 +81,7 @@ def find(sought: Sought, *, local: bool) -> Chosen:
         run_trials(sought, local=local)
         chosen = choose(sought.scorer, sought.study)
         write_results(sought.scorer, sought.study, chosen)
-        with _held(sought, local=local) as held:
+        with HeldWorkers(sought.kinds, local=local, **pool_options(sought.scorer.opened.project)) as held:
             chosen = score_at_ranks(sought.scorer, chosen, held.carry_out)
         write_results(sought.scorer, sought.study, chosen)
     return chosen
@@ -230,11 +231,9 @@ def run_trials(sought: Sought, *, local: bool) -> None:
         if local:
             search_here(study, sought.scorer, sought.kinds, may_go_on=may_go_on, watch=live)
             return
-        hardware = sought.scorer.opened.project.hardware
         search_on_ray(
             study, sought.scorer, sought.kinds, concurrency=search.concurrency, may_go_on=may_go_on, watch=live,
-            ready_deadline_s=hardware.ready_deadline, max_attempts=hardware.max_attempts,
-            autoscaling=hardware.autoscaling,
+            **pool_options(sought.scorer.opened.project),
         )  # fmt: skip
 
 
@@ -248,11 +247,3 @@ def budget(search: Search, study: Study, clock: Callable[[], float] = time.monot
         return in_time and (search.evaluations is None or answers < search.evaluations)
 
     return may_go_on
-
-
-def _held(sought: Sought, *, local: bool) -> HeldWorkers:
-    hardware = sought.scorer.opened.project.hardware
-    return HeldWorkers(
-        sought.kinds, local=local, ready_deadline_s=hardware.ready_deadline, max_attempts=hardware.max_attempts,
-        autoscaling=hardware.autoscaling,
-    )  # fmt: skip

@@ -13,8 +13,9 @@ from raymerge.config import Project
 from raymerge.errors import EvaluationError
 from raymerge.pipelines.searching import winner
 from raymerge.pipelines.searching.live import short
-from raymerge.pipelines.searching.scorer import CarryOut, RecipeScorer
+from raymerge.pipelines.searching.scorer import RecipeScorer
 from raymerge.recipes import parse_recipe
+from raymerge.runtime.broker import CarryOut
 from raymerge.search.choice import complexity, importances, optimism, pareto_front, simplest
 from raymerge.search.records import Trial
 from raymerge.search.results import RECIPE, Scores, Summary, write_recipe, write_scores, write_summary, write_trials

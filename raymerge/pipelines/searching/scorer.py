@@ -8,7 +8,7 @@ found there; the worker compares the digests of the adapters themselves. No merg
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -25,13 +25,13 @@ from raymerge.pipelines.placing import Placed
 from raymerge.pipelines.planning import cut, merges_of
 from raymerge.pipelines.scoring import answering_of, asking_of, retrieval_of
 from raymerge.recipes import Recipe
+from raymerge.runtime.broker import CarryOut
 from raymerge.runtime.scheduler import Item, Outcome
 from raymerge.runtime.tasks import Candidate, TuneTask
 from raymerge.runtime.tuning import TABLE
 from raymerge.search.records import Figures
 from raymerge.search.space import Space
 
-CarryOut = Callable[[Sequence[Item]], Sequence[Outcome]]
 LABEL = "recipe"
 
 

@@ -110,26 +110,15 @@ def _is_ceiling(opened: Opened, name: str) -> bool:
     return kind_of(name, storage.read_json(storage.join(opened.project.run_folder(name), "recipe.json"))) == "ceiling"
 
 
-def test_score(opened: Opened) -> float | None:
+def score_on_test_examples(opened: Opened) -> float | None:
     """The winner's mean similarity on test examples, percent; None where it was not scored."""
     own = _by_persona(opened, WINNER)
     return float(np.mean(list(own.values()))) if own else None
 
 
-def evaluated_runs(opened: Opened) -> list[str]:
-    """Runs of the project with test scores."""
-    output = opened.project.path(opened.project.output)
-    return [name for name in storage.list_folders(output) if _evaluation(opened, name) is not None]
-
-
-def _evaluation(opened: Opened, name: str) -> str | None:
-    place = storage.join(opened.project.run_folder(name), "evaluation")
-    return place if not name.startswith((".", "_")) and read_manifest(place) is not None else None
-
-
 def _by_persona(opened: Opened, name: str) -> dict[str, float] | None:
-    place = _evaluation(opened, name)
-    if place is None:
+    place = storage.join(opened.project.run_folder(name), "evaluation")
+    if read_manifest(place) is None:
         return None
     metrics: pa.Table = storage.read_parquet(storage.join(place, "metrics.parquet"))
     means = metrics.group_by("persona").aggregate([("similarity", "mean")]).to_pylist()

@@ -11,8 +11,9 @@ import numpy as np
 from raymerge import storage
 from raymerge.config import Project
 from raymerge.errors import EvaluationError
+from raymerge.evaluation.search_panel import said
+from raymerge.evaluation.wording import size
 from raymerge.pipelines.searching import winner
-from raymerge.pipelines.searching.live import short
 from raymerge.pipelines.searching.scorer import RecipeScorer
 from raymerge.recipes import parse_recipe
 from raymerge.runtime.broker import CarryOut
@@ -75,10 +76,11 @@ def score_at_ranks(scorer: RecipeScorer, chosen: Chosen, carry_out: CarryOut) ->
     an adapter. A rank that it cannot be had at becomes a note."""
     found: list[dict[str, Any]] = []
     notes = list(chosen.summary.notes)
+    searched = scorer.space.recipe(chosen.trial.values).rank
     for rank in scorer.opened.project.search.ranks:
         recipe = parse_recipe(winner.WINNER, {**chosen.written, "rank": rank}, centred=scorer.space.centred)
         try:
-            if rank == scorer.space.recipe(chosen.trial.values).rank:  # as it was searched: no worker is asked
+            if rank == searched:  # as it was searched: no worker is asked
                 values = chosen.trial.rungs[-1].values
             else:
                 values = scorer.score_recipe(recipe, len(scorer.rungs) - 1, carry_out).values
@@ -136,7 +138,7 @@ def lines_of(chosen: Chosen, project: Project) -> list[str]:
         f"; of it about {summary.optimism:.2f} points are the luck of the best of {summary.budget['complete']}"
     )  # fmt: skip
     lines = [
-        f"Winner: trial {summary.winner}, {short(chosen.trial.values)}",
+        f"Winner: trial {summary.winner}, {said(chosen.trial.values)}",
         f"Validation similarity {summary.similarity:.2f} over {len(chosen.scores.personas)} personas{worth}.",
     ]
     if summary.winner != summary.best:
@@ -146,7 +148,7 @@ def lines_of(chosen: Chosen, project: Project) -> list[str]:
         shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in summary.importances.items())
         lines.append(f"What mattered: {shares}.")
     if summary.ranks:
-        ranks = ", ".join(f"{r['rank']}: {r['similarity']:.1f} ({_size(r['bytes'])})" for r in summary.ranks)
+        ranks = ", ".join(f"{r['rank']}: {r['similarity']:.1f} ({size(r['bytes'])})" for r in summary.ranks)
         lines.append(f"By rank: {ranks}.")
     if summary.test is not None:
         lines.append(f"Test similarity {summary.test:.2f}; the difference from others, with its 95 % interval:")
@@ -157,14 +159,6 @@ def lines_of(chosen: Chosen, project: Project) -> list[str]:
         ]
     lines += [f"note: {note}" for note in summary.notes]
     return [*lines, f"Recipe: {storage.join(project.search_folder(), RECIPE)}"]
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
 
 
 def _spent(study: Study) -> dict[str, Any]:

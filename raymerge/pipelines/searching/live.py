@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from raymerge.config import Search
+from raymerge.evaluation.search_panel import said
 from raymerge.runtime.progress import clock_text
 from raymerge.search.records import Trial
 
@@ -124,7 +125,7 @@ class Live:
         rows = [*([best] if best is not None and best.number not in {t.number for t in recent} else []), *recent]
         for trial in rows:
             is_best = best is not None and trial.number == best.number
-            table.add_row(str(trial.number), *figures_text(trial), short(trial.values), style="bold" if is_best else "")
+            table.add_row(str(trial.number), *figures_text(trial), said(trial.values), style="bold" if is_best else "")
         return Group(Text(f"search: {self.status()}", style="bold", no_wrap=True, overflow="ellipsis"), table)
 
 
@@ -141,11 +142,4 @@ def trial_text(trial: Trial) -> str:
     if trial.state == "failed" or trial.last is None:
         return f"trial {trial.number} failed: {(trial.error or 'no reason given').splitlines()[0]}"
     similarity, personas = figures_text(trial)
-    return f"trial {trial.number}: {similarity} over {personas} personas: {short(trial.values)}"
-
-
-def short(values: Mapping[str, Any]) -> str:
-    """Values of parameters for people: 'k 14, scale 1.31'."""
-    return ", ".join(
-        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items()
-    )
+    return f"trial {trial.number}: {similarity} over {personas} personas: {said(trial.values)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 from collections.abc import Iterator
 from types import FrameType
@@ -39,3 +40,14 @@ def _deadline() -> Iterator[None]:
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
+
+
+def wait_for_end(pid: int, limit_s: float = 30) -> None:
+    """Block until a process has ended."""
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    ended, _, _ = select.select([handle], [], [], limit_s)
+    os.close(handle)
+    assert ended, f"process {pid} is still there"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import select
 import signal
 import statistics
 import sys
@@ -21,6 +20,7 @@ from raymerge.runtime.events import Item
 from raymerge.runtime.held import HeldWorkers
 from raymerge.runtime.kinds import WorkerKind
 from raymerge.runtime.progress import Progress
+from tests.ray.conftest import wait_for_end
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_here")]
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
@@ -64,17 +64,6 @@ def folder(tmp_path: Path) -> Path:
     os.mkfifo(tmp_path / "pids")
     os.mkfifo(tmp_path / "gate")
     return tmp_path
-
-
-def wait_for_end(pid: int, limit_s: float = 30) -> None:
-    """Block until a process has ended."""
-    try:
-        handle = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    ended, _, _ = select.select([handle], [], [], limit_s)
-    os.close(handle)
-    assert ended, f"process {pid} is still there"
 
 
 def test_workers_are_made_once_and_serve_many_threads():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from raymerge.runtime.local import run_local
 from raymerge.runtime.pool import WorkerKind, run_on_ray
 from raymerge.runtime.progress import Progress
 from raymerge.runtime.scheduler import Item, Outcome
+from tests.ray.conftest import wait_for_end
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_here")]
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
@@ -110,17 +110,6 @@ def works(names: str) -> list[Item]:
 
 def log(folder: Path) -> Counter[str]:
     return Counter((folder / "log").read_text().splitlines())
-
-
-def wait_for_end(pid: int, limit_s: float = 30) -> None:
-    """Block until a process has ended."""
-    try:
-        handle = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    ended, _, _ = select.select([handle], [], [], limit_s)
-    os.close(handle)
-    assert ended, f"process {pid} is still there"
 
 
 def when_blocked(folder: Path, act: Callable[[int], None]) -> threading.Thread:

@@ -95,6 +95,33 @@ class PrefixTask:
 
 
 @dataclass(frozen=True)
+class RouterTask:
+    """A router to train on the answers of personas, with the adapters of others mixed as it says.
+
+    names: who is to be routed. held_out: those of them who are treated as if they had no adapter and no examples.
+    experts: name and location of adapters. placing: a folder with `vectors.parquet` (of names and experts),
+    `mean.json` (what centring takes away) and `labels.json` (name -> cluster). settings: `config.Router` as a mapping.
+    tuning_examples: how many validation examples of a persona are left to what tunes the router. experts_bytes: of
+    experts in memory at a time, None for all of them; results depend on it where it is too little for all. workspace,
+    base: as of a MergeTask. folder: for the router, and for checkpoints and progress while it is trained.
+    """
+
+    folder: str
+    names: tuple[str, ...]
+    held_out: tuple[str, ...]
+    experts: tuple[tuple[str, str], ...]
+    placing: str
+    personas: PersonaSource | str
+    settings: Mapping[str, Any]
+    tuning_examples: int
+    prompt_format: str
+    base_digest: str
+    workspace: str
+    base: str | None = None
+    experts_bytes: int | None = None
+
+
+@dataclass(frozen=True)
 class Retrieval:
     """Prompts that begin with the persona's own training examples, those whose prompts are most similar by `model`.
 

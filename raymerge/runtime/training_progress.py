@@ -14,7 +14,7 @@ from raymerge.errors import StorageError
 from raymerge.evaluation.wording import short
 from raymerge.runtime.events import Item, Outcome
 from raymerge.runtime.progress import clock_text
-from raymerge.runtime.tasks import PrefixTask, TrainTask
+from raymerge.runtime.tasks import PrefixTask, RouterTask, TrainTask
 
 if TYPE_CHECKING:
     from raymerge.models.training import GroupProgress
@@ -23,6 +23,9 @@ NAME = "progress.json"
 EVERY_S = 2.0
 EVERY_S_AT_URI = 5.0
 WINDOW_S = 60.0
+
+
+Watched = TrainTask | PrefixTask | RouterTask
 
 
 class ProgressFile:
@@ -112,13 +115,13 @@ class LiveTrainings:
     def __init__(self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
         self._say = say
         self._clock = clock
-        self._tasks: dict[str, TrainTask | PrefixTask] = {}
+        self._tasks: dict[str, Watched] = {}
         self._told: set[tuple[str, str]] = set()
         self._read: dict[str, tuple[float, dict[str, Any] | None]] = {}
 
     def expect(self, items: Iterable[Item]) -> None:
         """Remember where trainings of these items tell how far they are."""
-        self._tasks |= {item.id: item.payload for item in items if isinstance(item.payload, TrainTask | PrefixTask)}
+        self._tasks |= {item.id: item.payload for item in items if isinstance(item.payload, Watched)}
 
     def lines(self, ids: Sequence[str]) -> list[str]:
         """A line for each of these items that is in training."""
@@ -160,7 +163,7 @@ def _read_progress(folder: str) -> dict[str, Any] | None:
     return known if isinstance(known, dict) else None
 
 
-def live_line(id: str, task: TrainTask | PrefixTask, known: Mapping[str, Any]) -> str | None:
+def live_line(id: str, task: Watched, known: Mapping[str, Any]) -> str | None:
     """'cluster_03: step 120/480, 1:02 left, loss 1.23, 5.2k tokens/s, validation 1.30'; None before the first step.
 
     Of several adapters: their mean losses, and the share of all their steps. What is asked for first stands first,
@@ -170,8 +173,8 @@ def live_line(id: str, task: TrainTask | PrefixTask, known: Mapping[str, Any]) -
     if not groups:
         return None
     done, total = sum(g["step"] for g in groups), sum(g["steps"] for g in groups)
-    if len(task.groups) == 1:
-        parts = [f"{short(task.groups[0].name)}: step {done}/{total}"]
+    if isinstance(task, RouterTask) or len(task.groups) == 1:
+        parts = [f"{short(next(iter(known['groups'])))}: step {done}/{total}"]
     else:
         finished = sum(bool(g["done"]) for g in groups)
         what = "adapters" if isinstance(task, TrainTask) else "prefixes"
@@ -180,16 +183,17 @@ def live_line(id: str, task: TrainTask | PrefixTask, known: Mapping[str, Any]) -
     if known.get("left_s") is not None:
         parts.append(f"{clock_text(known['left_s'])} left")
     training = [g for g in groups if g["step"] > 0 and not g["done"]] or groups
-    parts += _mean("loss", training)
+    digits = 4 if isinstance(task, RouterTask) else 2  # its gains are in the third decimal
+    parts += _mean("loss", training, digits)
     if known.get("tokens_per_s") is not None:
         parts.append(f"{_amount(known['tokens_per_s'])} tokens/s")
-    parts += _mean("validation", training)
+    parts += _mean("validation", training, digits)
     return ", ".join(parts)
 
 
-def _mean(what: str, groups: Sequence[Mapping[str, Any]]) -> list[str]:
+def _mean(what: str, groups: Sequence[Mapping[str, Any]], digits: int) -> list[str]:
     values = [group[what] for group in groups if group[what] is not None]
-    return [f"{what} {sum(values) / len(values):.2f}"] if values else []
+    return [f"{what} {sum(values) / len(values):.{digits}f}"] if values else []
 
 
 def _amount(number: float) -> str:

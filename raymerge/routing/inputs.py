@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,9 @@ from raymerge.routing.embeddings import Embeddings
 from raymerge.routing.selective import Candidate
 from raymerge.routing.similarity import mean_direction, project, unit
 from raymerge.routing.table import unique_names
+
+if TYPE_CHECKING:
+    from raymerge.routing.router import Router  # imports torch
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,8 @@ class RoutingInputs:
     mean: float32 (d,), what centring takes away, from an earlier run; of `embeddings` by default.
     centroids: label -> float32 (d,), from an earlier run with centring; of the clusters' members by default.
     seed: for the controls. candidates: what `selective` chooses among, by name. trainable: personas with training
-    examples, None where it does not matter who has any.
+    examples, None where it does not matter who has any. router: what `learned_router` asks; its mean is what centring
+    takes away there.
     """
 
     personas: Sequence[str]
@@ -39,6 +44,7 @@ class RoutingInputs:
     centroids: Mapping[str, NDArray[np.float32]] | None = None
     candidates: Mapping[str, Candidate] = field(default_factory=dict)
     trainable: Collection[str] | None = None
+    router: Router | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -47,18 +47,18 @@ def similar(
     """
     shares: dict[int, Share] = {}
     short: dict[str, int] = {}
-    for label, queries, keys in _scopes(space, scope):
+    for label, queries, keys in scopes(space, scope):
         found = _nearest_shares(space, queries, keys, k, temperature, self_weight, mass)
         shares |= found
         fewest = min((len(share.experts) for share in found.values()), default=k)
         if fewest < k and mass == 1.0:
             short[label] = fewest
-    notes = _note_short(short, k)
-    rows, alone = _complete(space, shares, self_weight)
+    notes = note_short(short, k)
+    rows, alone = complete(space, shares, self_weight)
     return rows, notes + alone
 
 
-def _scopes(space: Space, scope: str) -> list[tuple[str, Indices, Indices]]:
+def scopes(space: Space, scope: str) -> list[tuple[str, Indices, Indices]]:
     """Parts that are routed by themselves: label, numbers of personas, numbers of their possible experts."""
     if scope == "all":
         return [("all", np.arange(len(space.personas)), np.arange(len(space.experts)))]
@@ -84,14 +84,14 @@ def _nearest_shares(
     }
 
 
-def _note_short(short: Mapping[str, int], k: int) -> list[str]:
+def note_short(short: Mapping[str, int], k: int) -> list[str]:
     if not short:
         return []
     where = ", ".join(f"{label}: {count}" for label, count in short.items())
     return [f"k = {k} is more than there are to choose from ({where}); all of them contribute"]
 
 
-def _complete(space: Space, shares: Mapping[int, Share], self_weight: SelfWeight) -> tuple[Rows, list[str]]:
+def complete(space: Space, shares: Mapping[int, Share], self_weight: SelfWeight) -> tuple[Rows, list[str]]:
     """Rows from the others' shares, the persona's own added; and a note on personas without others."""
     rows, alone = [], []
     nothing = Share(np.zeros(0, np.int64), np.zeros(0), np.zeros(0))
@@ -134,7 +134,7 @@ def hierarchical(
     """
     labels = list(space.by_label)
     if not labels:
-        return _complete(space, {}, self_weight)
+        return complete(space, {}, self_weight)
     nearness = np.einsum("pd,cd->pc", space.queries, space.centroids(labels), dtype=np.float64)
     offered = np.tile(np.array([len(space.by_label[label]) for label in labels]), (len(space.personas), 1))
     if self_weight != "similarity":
@@ -156,8 +156,8 @@ def hierarchical(
         fewest = min((len(share.experts) for share in found.values()), default=k)
         if fewest < k:
             short[label] = fewest
-    rows, alone = _complete(space, {persona: _join(several) for persona, several in parts.items()}, self_weight)
-    notes = _note_short(short, k)
+    rows, alone = complete(space, {persona: _join(several) for persona, several in parts.items()}, self_weight)
+    notes = note_short(short, k)
     if top_clusters > len(labels):
         notes.append(f"top_clusters = {top_clusters} is more than the {len(labels)} clusters; all of them are asked")
     return rows, notes + alone

@@ -41,6 +41,8 @@ CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = MappingProxyType(
                   "the names of two recipes or more, of strategies base, own, unified or cluster_trained"),
         "weights": (lambda value: isinstance(value, Mapping) and len(value) > 0,
                     "the experts' weights, such as {ann: 0.7, bob: 0.3}, or such a mapping for each persona"),
+        "router": (lambda value: value is None or (isinstance(value, str) and value != ""),
+                   "the folder of a trained router"),
         "of": (lambda value: isinstance(value, Mapping) and "strategy" in value,
                "the strategy to control, such as {strategy: sparse_moe, k: 5}"),
     }

@@ -98,6 +98,12 @@ def _hybrid(parameters: Mapping[str, Any], inputs: RoutingInputs) -> Routed:
     return Rows(names, tuple(rows), np.arange(len(rows), dtype=np.int32)), notes
 
 
+def _learned_router(parameters: Mapping[str, Any], inputs: RoutingInputs) -> Routed:
+    from raymerge.routing.learned import learned_router  # imports torch
+
+    return learned_router(parameters, inputs)
+
+
 def _selective(parameters: Mapping[str, Any], inputs: RoutingInputs) -> Routed:
     choice = choose(inputs.personas, inputs.candidates, parameters["sure"])
     given = [inputs.candidates[choice.chosen[p]].experts[p] if p in choice.chosen else None for p in inputs.personas]
@@ -180,6 +186,8 @@ STRATEGIES: Mapping[str, Strategy] = _named(
     _make("unified", "the adapter trained on all", "unified", partial(_one_for_all, expert="unified")),
     _make("cluster_trained", "the adapter trained on its cluster", "clusters cluster_adapters", _cluster_trained),
     _make("base", "no adapter", "", partial(_one_for_all, expert=None)),
+    _make("learned_router", "what a trained router says", "own embeddings clusters", _learned_router,
+          router=None, k=16, temperature=1.0, self_weight=0.0),
     _make("named", "the experts that it names, at the weights that it gives them", "", named, weights=None),
     _make("hybrid", "the unified adapter and the persona's own", "own unified", _hybrid, own_weight=TUNED),
     _make("selective", "the best of a few recipes, chosen on validation examples", "", _selective,
@@ -201,6 +209,11 @@ def resolve_parameters(strategy: str, given: Mapping[str, Any]) -> dict[str, Any
     resolved = resolve(strategy, STRATEGIES[strategy].parameters, given)
     if strategy == "named":
         resolved["weights"] = parse_weights(resolved["weights"])
+    if strategy == "learned_router" and resolved["self_weight"] == "similarity":
+        raise RoutingError(
+            "strategy learned_router: self_weight is 'similarity'.\nExpected a number from 0 to 1: a router has not "
+            "learned what to give the persona's own adapter, which was hidden from it."
+        )
     if "of" in resolved:
         inner = {key: value for key, value in resolved["of"].items() if key != "strategy"}
         name = str(resolved["of"]["strategy"])

@@ -368,4 +368,6 @@ def test_needs_are_those_of_the_control_and_of_what_it_controls():
     assert resolve_parameters("shuffled", {"of": {"strategy": "sparse_moe", "k": 2}})["of"] == {
         "strategy": "sparse_moe", "k": 2, "temperature": 0.1, "self_weight": 0.0, "centred": True,
     }  # fmt: skip
-    assert list(STRATEGIES) == [*PLAIN, "named", "hybrid", "selective", "neighbours_trained", "prefix", *CONTROLS]
+    assert list(STRATEGIES) == [
+        *PLAIN, "learned_router", "named", "hybrid", "selective", "neighbours_trained", "prefix", *CONTROLS,
+    ]  # fmt: skip

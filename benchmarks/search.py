@@ -134,6 +134,15 @@ def against_evolve(bench: Bench) -> dict[str, Any]:
         busy[rank] = statistics.mean(trial.rungs[-1].seconds for trial in study.trials)
         if rank == "exact":
             trials, exact = study.trials[:count], scorer
+    early = {
+        **settings,
+        "stop_early": True,
+        "trials": bench.arguments.trials,
+    }  # most trials end after a part of the personas
+    scorer, kinds = bench.scorer("evolve early", bench.workers, recipe=FIXED, space=space, **early)
+    each["exact, poor trials stopped early"] = bench.run(bench.study(scorer), scorer, kinds).seconds_each(
+        bench.workers + 1
+    )
     asked = evolve.asked_of(exact, str(bench.scratch))
     candidates = [evolve.experts_of(exact, exact.space.recipe(trial.values)) for trial in trials]
     tried = evolve.try_candidates(asked, candidates, bench.workers)
@@ -155,7 +164,7 @@ def against_evolve(bench: Bench) -> dict[str, Any]:
             stage: statistics.mean(one.stages[stage] for one in tried) for stage in evolve.STAGES
         },
         "seconds of our workers for a candidate": busy,
-        "asked": "a ratio of 10; both score answers alike, which bounds it",
+        "asked": "a ratio of 10; candidate by candidate both score answers alike, which bounds it",
     }
 
 

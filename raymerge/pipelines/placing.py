@@ -52,11 +52,13 @@ class Placed:
         return self.inputs.clusters.labels if self.inputs.clusters is not None else None
 
     def route(self, recipe: Recipe) -> tuple[RoutingTable, tuple[str, ...]]:
-        """The routing table of a recipe, and notes on it. Personas whom nothing places get the base.
+        """The routing table of a recipe, and notes on it. Personas whom nothing places get the base; clusters whose
+        scale the recipe offsets share no row with others.
 
         Raises RoutingError, also where nobody has a place.
         """
-        key = storage.digest_value([recipe.strategy, dict(recipe.strategy_parameters), recipe.embedding])
+        apart = sorted((recipe.scale_offsets or {}).get("clusters", ()))
+        key = storage.digest_value([recipe.strategy, dict(recipe.strategy_parameters), recipe.embedding, apart])
         if key not in self.routed:
             self.routed[key] = self._route(recipe)
         return self.routed[key]
@@ -71,6 +73,8 @@ class Placed:
         if nowhere:
             notes = (f"{min(nowhere)}: has no embedding and gets the base ({len(nowhere)} such personas)", *notes)
             table = table.with_base(nowhere)
+        if apart := (recipe.scale_offsets or {}).get("clusters"):
+            table = table.apart({name: label for name, label in (self.clusters or {}).items() if label in apart})
         if len(inputs.personas) < len(self.inputs.personas):
             notes = (f"{min(self.unread)}: cannot be read and is left out ({len(self.unread)} such adapters)", *notes)
         return table, notes

@@ -91,8 +91,7 @@ class Merges:
 
 
 def merges_of(opened: Opened, recipe: Recipe, table: RoutingTable) -> Merges:
-    """What becomes of each row of a routing table. Raises RecipeError for offsets of a cluster that there is not, or
-    where a row is one adapter for several clusters."""
+    """What becomes of each row of a routing table. Raises RecipeError for offsets of a cluster that there is not."""
     base = base_location(opened.project)
     folder = storage.join(opened.project.run_folder(recipe.name), "adapters")
     tasks: dict[str, MergeTask] = {}
@@ -126,14 +125,8 @@ def _merges_in(recipe: Recipe, group: MergeGroup, table: RoutingTable) -> dict[s
         raise RecipeError(
             f"recipe {recipe.name}: scale_offsets: {unknown('cluster', strange[0], set(clusters.values()))}"
         )
-    labels = sorted({clusters.get(persona, "none") for persona in group.personas})
-    if len(labels) > 1:
-        raise RecipeError(
-            f"recipe {recipe.name}: the adapter {group.adapter} serves clusters {', '.join(labels[:5])}, and "
-            f"scale_offsets give each cluster its own scale.\nExpected a strategy that merges for a persona or for a "
-            f"cluster; {recipe.strategy} gives {len(group.personas)} personas one adapter. Leave `clusters` out."
-        )
-    return {**merges, "scale": scaled(merges["scale"], math.exp(by_cluster.get(labels[0], 0.0)))}
+    offset = by_cluster.get(clusters.get(group.personas[0]), 0.0)  # a row is of one cluster, see `Placed.route`
+    return {**merges, "scale": scaled(merges["scale"], math.exp(offset))}
 
 
 def _experts(opened: Opened, recipe: Recipe, group: MergeGroup) -> tuple[ExpertRef, ...]:

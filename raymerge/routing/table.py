@@ -110,6 +110,28 @@ class RoutingTable:
         row_of = [self.row_of[self._position[name]] if name in self._position else len(self.rows) for name in names]
         return RoutingTable(names, self.experts, (*self.rows, nothing), np.array(row_of, dtype=np.int32), self.clusters)
 
+    def apart(self, labels: Mapping[str, str]) -> RoutingTable:
+        """The same with a row for each label by itself where personas of several share one.
+
+        labels: persona -> label, for some; those without share a row as before. A row that the strategy named is then
+        called `all_LABEL`, any other as its first persona.
+        """
+        rows, row_of = list(self.rows), self.row_of.copy()
+        for group in self._groups:
+            members: dict[str, list[int]] = {}
+            for name in group.personas:
+                members.setdefault(labels.get(name, ""), []).append(self._position[name])
+            if not group.experts or len(members) < 2:
+                continue
+            for label, numbers in sorted(members.items()):
+                row = self.rows[int(row_of[numbers[0]])]
+                own = self.personas[numbers[0]] if row.adapter is None else f"{row.adapter}_{label}"
+                rows.append(replace(row, adapter=own if label else row.adapter))
+                row_of[numbers] = len(rows) - 1
+        used, numbers_of = np.unique(row_of, return_inverse=True)
+        kept = Rows(self.experts, tuple(rows[i] for i in used), numbers_of.astype(np.int32))
+        return replace(RoutingTable.build(self.personas, kept), clusters=self.clusters)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RoutingTable) and bool(self.to_arrow().equals(other.to_arrow()))
 
@@ -138,11 +160,11 @@ class RoutingTable:
 
     @cached_property
     def _groups(self) -> tuple[MergeGroup, ...]:
-        owner: dict[bytes, int] = {}  # weights that agree to 12 digits are the same row
-        same = [
-            owner.setdefault(row.experts.tobytes() + np.round(row.weights, 12).tobytes(), i)
-            for i, row in enumerate(self.rows)
-        ]
+        owner: dict[tuple[str | None, bytes, bytes], int] = {}
+        same = []
+        for i, row in enumerate(self.rows):  # weights that agree to 12 digits are the same row, if called the same
+            name = row.adapter if len(row.experts) else None
+            same.append(owner.setdefault((name, row.experts.tobytes(), np.round(row.weights, 12).tobytes()), i))
         members: dict[int, list[str]] = {}
         for name, index in zip(self.personas, self.row_of, strict=True):
             members.setdefault(same[index], []).append(name)

@@ -121,12 +121,52 @@ def test_a_tuned_scale_is_that_of_which_offsets_are_measured(project):
         assert written == {"match_norm": pytest.approx(factor * math.exp(d))}
 
 
+def norm(found) -> float:
+    return math.sqrt(sum(float((m.scaling * m.B @ m.A).square().sum()) for m in found.modules.values()))
+
+
+def test_neighbours_that_clusters_have_in_common_are_merged_for_each(project):
+    """Of three alike at least two have the same nearest one, and lie in different clusters here."""
+    labels = {name: f"cluster_{number % 3:02d}" for number, name in enumerate(NAMES)}
+    (Path(project).parent / "clusters.json").write_text(json.dumps(labels))
+    offsets = {"cluster_00": 0.4, "cluster_01": -0.2, "cluster_02": 0.1}
+    like = {"strategy": "top_k", "k": 1, "scale": 1.5, "rank": "exact"}
+    told = yaml.safe_load(Path(project).read_text()) | {"embedding": {"source": "deltas"}}
+    Path(project).write_text(yaml.safe_dump(told))
+    change(project, plain=like, x={**like, "scale_offsets": {"clusters": offsets}})
+    assert merge(project, local=True) == 0
+    given = {run: planned_adapters(project, run) for run in ("plain", "x")}
+    assert len(set(given["plain"].values())) < len(NAMES)
+    for name in NAMES:
+        found, plain = (norm(adapter(project, run, given[run][name])) for run in ("x", "plain"))
+        assert found / plain == pytest.approx(math.exp(offsets[labels[name]]), rel=1e-4)
+    assert evaluate(project, local=True) == 0
+
+
+def planned_adapters(project: str, run: str) -> dict[str, str]:
+    """Persona -> name of its adapter, as a run says."""
+    info = json.loads((Path(project).parent / "runs" / run / "routing_info.json").read_text())
+    return {name: told["adapter"] for name, told in info["personas"].items()}
+
+
+def test_one_adapter_for_all_is_one_for_each_cluster_whose_scale_is_set_apart(project):
+    like = {"strategy": "simple_average", "rank": "exact"}
+    change(project, plain=like, x={**like, "scale_offsets": {"clusters": {"cluster_01": -0.2}}})
+    assert merge(project, local=True) == 0
+    adapters = Path(project).parent / "runs/x/adapters"
+    assert sorted(path.name for path in adapters.iterdir()) == ["all", "all_cluster_01"]
+    assert planned_adapters(project, "x") == {n: "all" if i < 3 else "all_cluster_01" for i, n in enumerate(NAMES)}
+    norms = {name: norm(adapter(project, "x", name)) for name in ("all", "all_cluster_01")}
+    assert norms["all"] == pytest.approx(norm(adapter(project, "plain", "all")))
+    assert norms["all_cluster_01"] / norms["all"] == pytest.approx(math.exp(-0.2), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ({"strategy": "simple_average", "scale_offsets": {"clusters": CLUSTERS}},
-         "recipe x: the adapter all serves clusters cluster_00, cluster_01, and scale_offsets give each"),
         ({"strategy": "cluster_average", "scale_offsets": {"clusters": {"cluster_1": 0.1}}},
+         "recipe x: scale_offsets: unknown cluster 'cluster_1'. Did you mean cluster_01?"),
+        ({"strategy": "simple_average", "scale_offsets": {"clusters": {"cluster_1": 0.1}}},
          "recipe x: scale_offsets: unknown cluster 'cluster_1'. Did you mean cluster_01?"),
     ],
 )  # fmt: skip

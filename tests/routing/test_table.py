@@ -78,6 +78,21 @@ def test_equal_rows_are_one_group_and_an_empty_row_is_the_base():
     assert table.assignments().to_pydict() == {"persona": [*"abcd"], "adapter": ["a", None, "a", "d"]}
 
 
+def test_a_row_that_labels_share_is_set_apart_for_each_and_written_so():
+    rows = [(p, "x", 1.0) for p in "abcd"] + [("e", "y", 1.0), ("f", "y", 1.0)]
+    labels = {"b": "left", "c": "right", "d": "right", "e": "left", "f": "left"}
+    own = RoutingTable.from_rows("abcdefg", rows).apart(labels)
+    groups = {g.adapter: g.personas for g in own.groups()}
+    assert groups == {"a": ("a",), "b": ("b",), "c": ("c", "d"), "e": ("e", "f"), "base": ("g",)}
+    assert [own.row(name) for name in "abcd"] == [{"x": 1.0}] * 4
+    named = RoutingTable.from_rows("abcdefg", rows[:4], adapters=dict.fromkeys("abcd", "all")).apart(labels)
+    groups = {g.adapter: g.personas for g in named.groups()}
+    assert groups == {"all": ("a",), "all_left": ("b",), "all_right": ("c", "d"), "base": ("e", "f", "g")}
+    for table in (own, named):
+        assert read_back(table, 99).assignments().equals(table.assignments())
+        assert table.apart(labels) == table
+
+
 def test_what_people_read():
     table = RoutingTable.from_rows("ab", [("a", "x", 1 / 3), ("a", "y", 2 / 3)])
     info = table.info(strategy="top_k", parameters={"k": 2}, notes=["n"], clusters={"a": "cluster_00"})

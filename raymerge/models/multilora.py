@@ -20,6 +20,7 @@ from raymerge.errors import ModelError
 from raymerge.models.dealing import Layout, plan_layout
 from raymerge.models.layers import Forward, compute_dtype, frozen_weight, is_quantised, linear_modules, shape_of, wrap
 from raymerge.models.products import frozen_product
+from raymerge.models.weighted import WeightedLayer, check_factors, place_mixture
 
 # Copies of factors that a batch of mixtures may make beyond twice what is loaded, in bytes.
 _MIXTURE_COPIES = 256 * 2**20
@@ -40,13 +41,13 @@ class Factors:
 
 
 class MultiLora:
-    """Adapters attached to a model; without an active `rows` or `mixtures` the model is the base."""
+    """Adapters attached to a model; without an active `rows`, `mixtures` or `weighted` the model is the base."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.names: tuple[str, ...] = ()
         self._factors: dict[str, Factors] = {}
-        self._active: dict[str, AddDelta] = {}
+        self._active: Mapping[str, AddDelta | WeightedLayer] = {}
         self._restores: list[Callable[[], None]] = []
 
     @property
@@ -124,6 +125,24 @@ class MultiLora:
         with self._activated(active):
             yield
 
+    @contextmanager
+    def weighted(self, experts: Tensor, weights: Tensor, factors: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """Run a batch of groups, equally many rows each and in order: group g with the sum over j of weights[g, j]
+        times adapter experts[g, j]. Gradients flow into weights and factors, and into the layers' inputs.
+
+        experts: int64 (groups, k), -1 is nobody. weights: floating (groups, k). factors: by module, a 0-d tensor that
+        multiplies the weights there. Raises ModelError if shapes differ, an expert or a module is not loaded, or a
+        weight is not finite.
+        """
+        check_factors(factors or {}, self._factors)
+        mixtures = place_mixture(experts, weights, {own.A.device for own in self._factors.values()}, len(self.names))
+        active = {
+            name: WeightedLayer(own.A, own.Bt, mixtures[own.A.device].times((factors or {}).get(name)))
+            for name, own in self._factors.items()
+        }
+        with self._activated(active):
+            yield
+
     def _is_cheaper_apart(self, unique: int, most: int, used: int) -> bool:
         """Whether mixtures run as adapters of their own rather than as one product over all experts in use."""
         copies = unique * most * (self.nbytes // max(len(self.names), 1))
@@ -142,9 +161,9 @@ class MultiLora:
         return mixed
 
     @contextmanager
-    def _activated(self, active: dict[str, AddDelta]) -> Iterator[None]:
+    def _activated(self, active: Mapping[str, AddDelta | WeightedLayer]) -> Iterator[None]:
         if self._active:
-            raise ModelError("rows or mixtures are active already.\nLeave one `with` block before the next.")
+            raise ModelError("rows, mixtures or weights are active already.\nLeave one `with` block before the next.")
         self._active = active
         try:
             yield
@@ -158,6 +177,8 @@ class MultiLora:
             add = self._active.get(name)
             if add is None:
                 return original(x)
+            if isinstance(add, WeightedLayer):
+                return add.answer(original, x, weight, layer.bias)
             if weight is not None and not torch.is_grad_enabled():
                 out = frozen_product(x, weight, layer.bias)
             else:

@@ -92,6 +92,13 @@ def test_training_on_two_devices_is_training_on_one(pair: dict[str, Any]) -> Non
     assert found["sizes"] == pytest.approx(wanted["sizes"], rel=1e-4)
 
 
+def test_weights_on_two_devices_learn_as_on_one(pair: dict[str, Any]) -> None:
+    wanted, found = pair["plain"]["weighted"], pair["weighted"]
+    assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+    assert found["gradients"] == pytest.approx(wanted["gradients"], rel=1e-3, abs=1e-4)
+    assert [abs(g) > 1e-3 for g in found["gradients"]] == [True, True, True, False, True, True]  # one is nobody's
+
+
 @two_gpus
 @pytest.mark.parametrize("quantization", ["none", "4bit"])
 def test_two_gpus_are_one(tiny_llama: Path, make_adapter: Callable[..., LoraAdapter], quantization: str) -> None:

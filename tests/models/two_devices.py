@@ -145,12 +145,28 @@ def trained(base: BaseModel, settings: TrainingSettings) -> dict[str, Any]:
     }
 
 
+def weighed(base: BaseModel, attached: list[LoraAdapter]) -> dict[str, Any]:
+    """The loss of groups with weighted adapters, and the gradients of weights and of factors on both devices."""
+    weights = torch.tensor([[0.5, -0.3], [1.2, 0.8]], requires_grad=True)
+    factors = {f"model.layers.{i}.mlp.up_proj": torch.tensor(0.7, requires_grad=True) for i in range(2)}
+    lora = MultiLora(base.model)
+    lora.load(attached)
+    with lora.weighted(torch.tensor([[0, 2], [1, -1]]), weights, factors):
+        logits = base.model(input_ids=torch.arange(3, 23).view(4, 5).to(base.device)).logits
+        loss = logits.to("cpu").logsumexp(2).sum()
+        loss.backward()
+    lora.detach()
+    learned = [weights, *factors.values()]
+    return {"loss": float(loss.detach()), "gradients": [x for t in learned for x in t.grad.flatten().tolist()]}
+
+
 def main(location: str) -> None:
     _setup_privateuseone_for_python_backend(KIND)  # before autograd counts the devices, at its first backward pass
     settings = TrainingSettings(rank=2, epochs=3, learning_rate=1e-2)
     attached = adapters(load_base(location))
 
     plain = {**answers(load_base(location), attached), **trained(load_base(location), settings)}
+    plain["weighted"] = weighed(load_base(location), attached)
     torch.inference_mode = torch.no_grad  # type: ignore[assignment]  # wrapped tensors have no inference tensors
     first, second, cpu = torch.device(KIND, 0), torch.device(KIND, 1), torch.device("cpu")
 
@@ -165,6 +181,7 @@ def main(location: str) -> None:
             "head with the embedding": answers(placed(second, first), attached),
             # Autograd knows one device of a kind: here the CPU is the other one.
             "training": trained(placed(cpu, first), settings),
+            "weighted": weighed(placed(cpu, first), attached),
         }
     print(json.dumps(found))
 

@@ -5,7 +5,9 @@ from pydantic import ValidationError
 
 from raymerge.config import GROUPINGS, load_project, parse_size
 from raymerge.errors import ProjectError
+from raymerge.models.router_training import RouterSettings
 from raymerge.pipelines.job import worker_kinds
+from raymerge.routing.router_shape import RouterShape
 
 
 def write(folder, text):
@@ -39,6 +41,14 @@ def test_a_workspace_may_be_a_bucket(tmp_path):
         ("hardware: {expert_cache: lots}", "is not a size"),
         ("hardware: {gpus_per_model: 1.5}", r"`hardware.gpus_per_model`: give a share of one GPU \(0.5\), or a whole"),
         ("hardware: {gpus_per_model: -1}", "`hardware.gpus_per_model`: give a share"),
+        ("router: {netwrk: mlp}", r"unknown key `router.netwrk`. Did you mean network\?\nAllowed: candidates, "),
+        ("router: {network: deep}", "`router.network`: Input should be 'bilinear' or 'mlp'"),
+        ("router: {k: 0}", "`router.k`: .*found 0"),
+        ("router: {layers: 1}", "`router.layers`: one group has no offset from another"),
+        ("router: {held_out: -1}", "`router.held_out`: give names of personas, or how many are drawn; found -1"),
+        ("router: {held_out: ann}", "`router.held_out`: give names of personas"),
+        ("router: {experts_memory: lots}", "`router.experts_memory`: 'lots' is not a size"),
+        ("recipes: {router: {strategy: own}}", "'router' is taken by the report"),
         ("hardware: {quantization: 3bit}", "`hardware.quantization`: Input should be 'none', '8bit' or '4bit'"),
         ("recipes: {../x: {strategy: own}}", "cannot be the name of a folder"),
         ("recipes: {plots: {strategy: own}}", "'plots' is taken by the report"),
@@ -108,6 +118,25 @@ def test_gpus_and_bits_of_a_model_reach_its_worker(tmp_path, given, gpus, each):
     _, model = worker_kinds(project, "base")
     assert model.num_gpus == gpus
     assert (model.arguments["gpus"], model.arguments["quantization"]) == (each, "4bit")
+
+
+def test_a_router_is_what_its_shape_and_its_training_are_unless_a_project_says(tmp_path):
+    section = load_project(write(tmp_path, "output: runs")).router
+    elsewhere = {**vars(RouterShape()), **vars(RouterSettings())}
+    of_personas = {"size", "experts"}
+    assert {name: value for name, value in section if name in elsewhere} == {
+        name: value for name, value in elsewhere.items() if name not in of_personas
+    }
+    assert {name for name, _ in section} - elsewhere.keys() == {
+        "held_out", "trials", "checkpoint_every", "experts_memory",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "held_out"), [("[bob, ann, 7]", ("bob", "ann", "7")), ("3", 3), ("[]", ())])
+def test_who_is_held_out_is_named_or_counted(tmp_path, text, held_out):
+    project = load_project(write(tmp_path, f"router: {{held_out: {text}}}"))
+    assert project.router.held_out == held_out
+    assert project.router_folder() == str(tmp_path / "runs/router")
 
 
 def test_a_recipe_may_be_named_by_a_number(tmp_path):

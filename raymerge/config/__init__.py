@@ -7,7 +7,6 @@ Unknown keys are refused with the allowed ones. A recipe is kept as written here
 from __future__ import annotations
 
 import os
-import re
 from typing import Any, Literal, get_args
 
 import yaml
@@ -15,18 +14,20 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from raymerge import storage
 from raymerge.config.examples import SPLIT_KINDS, PersonaSource, SplitNames, SplitShares
+from raymerge.config.router import Router
 from raymerge.config.search import Search
 from raymerge.config.section import Section
+from raymerge.config.sizes import parse_size
 from raymerge.config.training import GROUPINGS, Grouping, Training
 from raymerge.errors import ProjectError, unknown
 
 __all__ = [
     "DEFAULT_ENCODER", "GROUPINGS", "NOT_RUNS", "Clusters", "Embedding", "Evaluation", "Generation", "Grouping",
-    "Hardware", "PersonaSource", "Project", "Search", "Section", "SplitNames", "SplitShares", "Training",
+    "Hardware", "PersonaSource", "Project", "Router", "Search", "Section", "SplitNames", "SplitShares", "Training",
     "load_project", "load_recipes", "parse_size", "run_name_fault",
 ]  # fmt: skip
 
-NOT_RUNS = ("plots", "report.html", "comparison.json", "tensorboard", "search")  # what else lies beside the runs
+NOT_RUNS = ("plots", "report.html", "comparison.json", "tensorboard", "search", "router")  # what lies beside the runs
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 
 
@@ -133,6 +134,7 @@ class Project(Section):
     hardware: Hardware = Hardware()
     output: str = "runs"
     search: Search = Search()
+    router: Router = Router()
     recipes: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     @field_validator("personas", mode="before")
@@ -174,6 +176,10 @@ class Project(Section):
         """Where a search keeps its trials, what it scored, and what it found."""
         return storage.join(self.path(self.output), "search")
 
+    def router_folder(self) -> str:
+        """Where the router lies, and how it was tuned."""
+        return storage.join(self.path(self.output), "router")
+
     def adapter_location(self, expert: str) -> str:
         """Where an adapter lies: of a further expert, `unified`, of a cluster (`cluster_03`), of a persona."""
         if expert in self.experts:
@@ -192,16 +198,6 @@ def run_name_fault(name: str) -> str | None:
     if name in NOT_RUNS:
         return "is taken by the report, which lies beside the runs"
     return None
-
-
-def parse_size(text: str) -> int:
-    """Bytes of '8GiB', '512MB', '4096'. Raises ValueError for anything else."""
-    match = re.fullmatch(r"\s*([0-9.]+)\s*(?:([KMGT])(I?)B|B)?\s*", text.upper())
-    if match is None:
-        raise ValueError(f"{text!r} is not a size such as 8GiB or 500MB")
-    number, unit, binary = match.groups()
-    power = " KMGT".index(unit) if unit else 0
-    return int(float(number) * (1024 if binary else 1000) ** power)
 
 
 def load_project(location: str) -> Project:

@@ -16,7 +16,8 @@ REFERENCES = frozenset({"base", "unified", "own", "cluster_trained"})
 BASELINES = frozenset({"hybrid", "selective", "neighbours_trained"})  # trained or chosen, where others merge neighbours
 CONTROLS = frozenset({"random_k", "random_cluster", "shuffled"})
 SEARCHED = "searched"  # the run of what `raymerge search` found
-NEIGHBOURS = frozenset({"top_k", "sparse_moe", "soft", "hierarchical", "cluster_average", "learned_router"})
+LEARNED = "learned_router"  # the strategy that asks a router, and the run of `raymerge router`
+NEIGHBOURS = frozenset({"top_k", "sparse_moe", "soft", "hierarchical", "cluster_average", LEARNED})
 
 
 @dataclass(frozen=True)

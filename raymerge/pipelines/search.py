@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -14,14 +14,17 @@ from raymerge import storage
 from raymerge.adapters.formats import adapter_digest, format_of
 from raymerge.config import Search
 from raymerge.errors import AdapterError, EvaluationError, ProjectError, RankError, unknown
+from raymerge.evaluation.scores import LEARNED
 from raymerge.manifest import content_digest
 from raymerge.merging.rank import parse_rank
 from raymerge.pipelines.compare import compare_runs, evaluated_runs
-from raymerge.pipelines.job import carry_out, finish, pool_options, worker_kinds
+from raymerge.pipelines.job import JobResult, carry_out, finish, pool_options, worker_kinds
+from raymerge.pipelines.learned import check_router, place_of, router_digest
 from raymerge.pipelines.opening import Opened, base_location, open_project
 from raymerge.pipelines.placing import Placed, Placing, check_placing, embeddings_are_there, place
 from raymerge.pipelines.planning import embedding_items
 from raymerge.pipelines.searching import winner
+from raymerge.pipelines.searching.aim import Aim, aim_of
 from raymerge.pipelines.searching.chosen import Chosen, beside_others, choose, score_at_ranks, show, write_results
 from raymerge.pipelines.searching.live import Live
 from raymerge.pipelines.searching.scorer import RecipeScorer, order_of, subset_sizes
@@ -48,8 +51,8 @@ class Sought:
 
     @property
     def search(self) -> Search:
-        """The section of the project file."""
-        return self.scorer.opened.project.search
+        """Its settings."""
+        return self.scorer.aim.section
 
 
 def search(
@@ -59,20 +62,26 @@ def search(
     restart: forget the trials there are; what was scored stays known. Returns the exit status.
     """
     opened = with_settings(open_project(location), settings or {})
-    winner.check_names(opened, opened.project.recipes)
-    sought = prepare(opened, restart=restart, local=local)
+    aim = aim_of(opened.project)
+    winner.check_names(opened, aim)
     with nullcontext() if local else connected():  # once for all that follows
-        chosen = find(sought, local=local)
-        rows, notes = winner.rows_of(opened, chosen.written)
-        result = winner.score_on_test(opened, rows, local=local)
-    runs = evaluated_runs(opened.project)
-    beside = winner.beside(opened, runs)
-    chosen = beside_others(chosen, winner.score_on_test_examples(opened), beside, notes)
-    write_results(sought.scorer, sought.study, chosen)
-    show(chosen, opened.project)
-    if runs:
+        chosen, result = pursue(opened, aim, restart=restart, local=local)
+    show(chosen, aim)
+    if evaluated_runs(opened.project):
         print(f"Report: {compare_runs(location).page}", flush=True)
     return finish(result)
+
+
+def pursue(opened: Opened, aim: Aim, *, restart: bool, local: bool) -> tuple[Chosen, JobResult]:
+    """Search, score the winner and its controls on test examples, and write what was found."""
+    sought = prepare(opened, aim, restart=restart, local=local)
+    chosen = find(sought, local=local)
+    rows, notes = winner.rows_of(opened, aim, chosen.written)
+    result = winner.score_on_test(opened, aim, rows, local=local)
+    beside = winner.beside(opened, aim, evaluated_runs(opened.project))
+    chosen = beside_others(chosen, aim, winner.score_on_test_examples(opened, aim), beside, notes)
+    write_results(sought.scorer, sought.study, chosen)
+    return chosen, result
 
 
 def find(sought: Sought, *, local: bool) -> Chosen:
@@ -87,70 +96,78 @@ def find(sought: Sought, *, local: bool) -> Chosen:
     return chosen
 
 
-def with_settings(opened: Opened, settings: Mapping[str, Any]) -> Opened:
-    """The same with other settings of the search. Raises ProjectError for values that cannot be."""
+def with_settings(
+    opened: Opened, settings: Mapping[str, Any], section: Literal["search", "router"] = "search"
+) -> Opened:
+    """The same with other settings of a section. Raises ProjectError for values that cannot be."""
     if not settings:
         return opened
     try:
-        changed = Search(**{**opened.project.search.model_dump(exclude_unset=True), **settings})
+        written = getattr(opened.project, section)
+        changed = type(written)(**{**written.model_dump(exclude_unset=True), **settings})
     except ValidationError as error:
         [problem, *_] = error.errors()
-        where = ".".join(str(part) for part in problem["loc"])
+        where = ".".join(str(part) for part in problem["loc"]).replace("_", "-")
         raise ProjectError(f"--{where} {problem['input']}: {problem['msg']}.") from error
-    return replace(opened, project=opened.project.model_copy(update={"search": changed}))
+    return replace(opened, project=opened.project.model_copy(update={section: changed}))
 
 
-def prepare(opened: Opened, *, restart: bool, local: bool) -> Sought:
-    """Check a search, embed the personas if nobody did, and open what is known of its trials.
+def prepare(opened: Opened, aim: Aim | None = None, *, restart: bool, local: bool) -> Sought:
+    """Check a search, embed the personas if nobody did, and open what is known of its trials. aim: by default that of
+    the project file.
 
     Raises ProjectError, PersonaError, AdapterError and RecipeError for what cannot work, before the first trial.
     """
-    project, section = opened.project, opened.project.search
-    opened.need_base("search")
+    project = opened.project
+    aim = aim or aim_of(project)
+    section = aim.section
+    opened.need_base(aim.title)
     _check_ranks(section, project.location)
-    names = order_of(opened, section)
+    names = order_of(opened, section, aim.left_out)
     rungs = subset_sizes(section, len(names), project.location)
-    expected = space_of(opened, ("cluster_00", "cluster_01"))  # said before anything is embedded and labels are known
+    expected = space_of(opened, aim, ("cluster_00", "cluster_01"))  # before anything is embedded and labels are known
     if not {*opened.adapters, *project.experts}:
         raise AdapterError(
             f"{project.path(project.adapters)}: there is no adapter to search recipes of.\n"
             f"`raymerge run {project.location}` trains them."
         )
-    placed = placed_for(opened, expected, local=local)
+    check_router(project, router_asked(opened, expected), f"{project.location}: search")
+    placing = placing_of(opened, expected)
+    placed = placed_for(opened, placing, title=aim.title, local=local)
     clusters = sorted(set((placed.clusters or {}).values()))
-    space = space_of(opened, clusters)
+    space = space_of(opened, aim, clusters)
     check_adapters(opened, space, clusters)
-    folder = project.search_folder()
-    scorer = RecipeScorer(opened, placed, space, names, rungs, storage.join(folder, "evaluations"))
-    study = Study(space, section, rungs, folder, inputs_digest(opened, placed, names), restart=restart)
+    scorer = RecipeScorer(opened, aim, placed, space, names, rungs, storage.join(aim.folder, "evaluations"))
+    inputs = inputs_digest(opened, placed, names, space)
+    study = Study(space, section, rungs, aim.folder, inputs, restart=restart, replaces=aim.replaces, first=aim.first)
     kinds = [kind for kind in worker_kinds(project, base_location(project)) if kind.name == "model"]
     return Sought(scorer, study, tuple(kinds))
 
 
-def space_of(opened: Opened, clusters: list[str] | tuple[str, ...]) -> Space:
-    """The search space of a project. Raises ProjectError."""
+def space_of(opened: Opened, aim: Aim, clusters: list[str] | tuple[str, ...]) -> Space:
+    """The space of a search. Raises ProjectError."""
     project = opened.project
-    personas = opened.need_personas("search")
+    personas = opened.need_personas(aim.title)
     counted = {name: len(personas.examples(name, "validation")) for name in personas.names}
     return parse_space(
-        project.search, project.recipes, project.location, clusters=clusters, validation=counted,
+        aim.section, project.recipes, project.location, clusters=clusters, validation=counted,
         centred=project.embedding.centred,
     )  # fmt: skip
 
 
-def placed_for(opened: Opened, space: Space, *, local: bool) -> Placed:
-    """Where everybody is, as far as some strategy of the space asks; embedded now if it was not done before."""
-    placing = _placing(opened, space)
+def placed_for(opened: Opened, placing: Placing, *, title: str, local: bool) -> Placed:
+    """Where everybody is, as far as it is asked for; embedded now if it was not done before."""
     check_placing(opened, placing, refit=False)
     if placing.embeddings and not embeddings_are_there(opened, placing.experts):
         items = embedding_items(opened, placing.experts, {})
-        result = carry_out(opened.without_recipes(), items, local=local, title="search: embeddings")
+        result = carry_out(opened.without_recipes(), items, local=local, title=f"{title}: embeddings")
         for name, why in result.failed.items():
             raise EvaluationError(f"{name}: {why}")
     return place(opened, placing, refit=False)
 
 
-def _placing(opened: Opened, space: Space) -> Placing:
+def placing_of(opened: Opened, space: Space) -> Placing:
+    """What some strategy of a space asks to know of the personas."""
     needs = needs_of_space(space)
     clusters = "clusters" in needs or any(parameter.path[:2] == OF_CLUSTERS for parameter in space.parameters)
     embedded = "embeddings" in needs or (clusters and opened.project.clusters.file is None)
@@ -159,9 +176,13 @@ def _placing(opened: Opened, space: Space) -> Placing:
 
 def needs_of_space(space: Space) -> frozenset[str]:
     """What the strategies of a space need, see `routing.strategies.Strategy`."""
+    return frozenset().union(*(STRATEGIES[name].needs for name in strategies_of(space)))
+
+
+def strategies_of(space: Space) -> list[str]:
+    """The strategies that a search tries; that of its recipe only where it may be tried."""
     searched = next((one for one in space.parameters if one.name == "strategy"), None)
-    tried = searched.choices if searched and not searched.when else space.tried("strategy")
-    return frozenset().union(*(STRATEGIES[name].needs for name in tried))
+    return list(searched.choices) if searched and not searched.when else space.tried("strategy")
 
 
 def check_adapters(opened: Opened, space: Space, clusters: Sequence[str]) -> None:
@@ -181,6 +202,11 @@ def check_adapters(opened: Opened, space: Space, clusters: Sequence[str]) -> Non
         format_of(project.adapter_location(name), name)
 
 
+def router_asked(opened: Opened, space: Space) -> str | None:
+    """Where the router lies that a search asks; None if it tries no strategy that does."""
+    return place_of(opened.project, space.base.get("router")) if LEARNED in strategies_of(space) else None
+
+
 def _check_ranks(search: Search, where: str) -> None:
     for rank in search.ranks:
         try:
@@ -189,7 +215,7 @@ def _check_ranks(search: Search, where: str) -> None:
             raise ProjectError(f"{where}: search.ranks: {error}") from error
 
 
-def inputs_digest(opened: Opened, placed: Placed, names: tuple[str, ...]) -> str:
+def inputs_digest(opened: Opened, placed: Placed, names: tuple[str, ...], space: Space) -> str:
     """Of all that decides scores beside the recipe: adapters, examples, the base, how answers are made and compared."""
     project, personas = opened.project, opened.need_personas("search")
     trained = [n for n in ("unified", *set((placed.clusters or {}).values())) if _is_there(project.adapter_location(n))]
@@ -205,6 +231,7 @@ def inputs_digest(opened: Opened, placed: Placed, names: tuple[str, ...]) -> str
             "hardware": [project.hardware.dtype, project.hardware.quantization],
             "embeddings": None if vectors is None else storage.digest_bytes(vectors.vectors.tobytes()),
             "clusters": dict(placed.clusters or {}),
+            **({"router": router_digest(asked)} if (asked := router_asked(opened, space)) else {}),
         }
     )
 
@@ -227,7 +254,8 @@ def run_trials(sought: Sought, *, local: bool) -> None:
     search, study = sought.search, sought.study
     may_go_on = budget(search, study)
     total = search.trials if search.sampler != "grid" else min(search.trials, len(sought.scorer.space.grid()))
-    with Live(search, lambda: study.best, total=total, finished_before=study.finished) as live:
+    title = sought.scorer.aim.title
+    with Live(search, lambda: study.best, title=title, total=total, finished_before=study.finished) as live:
         if local:
             search_here(study, sought.scorer, sought.kinds, may_go_on=may_go_on, watch=live)
             return

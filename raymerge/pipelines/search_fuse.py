@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from raymerge.pipelines.search import find, prepare, with_settings
+from raymerge.pipelines.searching.aim import aim_of
 from raymerge.pipelines.searching.chosen import show
 from raymerge.pipelines.searching.fused import Fused, as_project
 
@@ -15,7 +16,7 @@ def search_fuse(asked: Fused, *, settings: Mapping[str, Any], restart: bool = Fa
     """Search, and print the weights and the command that fuses with them. Returns the exit status."""
     opened = with_settings(as_project(asked), settings)
     chosen = find(prepare(opened, restart=restart, local=local), local=local)
-    show(chosen, opened.project)
+    show(chosen, aim_of(opened.project))
     weights = chosen.written["weights"]
     places = " ".join(shlex.quote(f"{name}={place}") for name, place in opened.project.experts.items())
     listed = ",".join(f"{weights[name]:.4f}" for name in opened.project.experts)

@@ -27,20 +27,26 @@ _MEANINGS = {
 class Journal:
     """Opens the journal in a folder, or begins one with what identifies the search.
 
-    identity: by part, what must not change while a search goes on. events: those of earlier runs. Raises ProjectError
-    if the journal is another search's, StorageError if it cannot be read or written.
+    identity: by part, what must not change while a search goes on. restart: forget what is there; replaces: only
+    where it is another search's. events: those of earlier runs. Raises ProjectError if the journal is another search's,
+    StorageError if it cannot be read or written.
     """
 
-    def __init__(self, folder: str, identity: Mapping[str, Any], *, restart: bool = False) -> None:
+    def __init__(
+        self, folder: str, identity: Mapping[str, Any], *, restart: bool = False, replaces: bool = False
+    ) -> None:
         self._location = storage.join(folder, NAME)
         self.events: list[dict[str, Any]] = []
         begun = _line(identity)
-        if storage.exists(self._location) and not restart:
+        goes_on = storage.exists(self._location) and not restart
+        if goes_on:
             self._data = bytearray(storage.read_bytes(self._location))
             noted, *self.events = self._parsed()
+            goes_on = not (replaces and _differing(noted, json.loads(begun)))
+        if goes_on:
             self._compare(noted, json.loads(begun))
         else:
-            self._data = bytearray(begun)
+            self._data, self.events = bytearray(begun), []
             storage.write_bytes(self._location, bytes(self._data))
 
     def note(self, **event: Any) -> None:
@@ -60,7 +66,7 @@ class Journal:
         return lines
 
     def _compare(self, noted: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        parts = [part for part in (*now, *(noted.keys() - now.keys())) if noted.get(part) != now.get(part)]
+        parts = _differing(noted, now)
         if parts:
             names = ", ".join(_MEANINGS.get(part, f"search.{part}") for part in parts)
             changes = [f"{part}: {_shown(noted.get(part))} -> {_shown(now.get(part))}" for part in parts]
@@ -69,6 +75,10 @@ class Journal:
                 + "\n".join(changes)
                 + "\nTake the change back to go on, or begin anew with `--restart`."
             )
+
+
+def _differing(noted: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [part for part in (*now, *(noted.keys() - now.keys())) if noted.get(part) != now.get(part)]
 
 
 def _line(value: Mapping[str, Any]) -> bytes:

@@ -18,7 +18,7 @@ from raymerge.search.points import Space
 __all__ = ["Parameter", "Space", "parse_space"]
 
 FIRST = ("strategy", "method")  # decide what else counts
-COUNTED = ("top_k", "sparse_moe")  # have k contributors, and the persona itself where it has a share
+COUNTED = ("top_k", "sparse_moe", "learned_router")  # have k contributors, and the persona itself where it has a share
 
 
 def parse_space(

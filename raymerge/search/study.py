@@ -32,19 +32,30 @@ class Study:
     unless it is among the best of those that reached it, one in `search.reduction` (ASHA: Li et al. 2020, 1810.05934).
 
     rungs: nested numbers of personas, ascending, the last is all. folder: of the journal. inputs: digest of what
-    decides scores beside the recipe. restart: forget what the folder holds. All methods may be called from any thread.
+    decides scores beside the recipe. restart: forget what the folder holds; replaces: where it is of another search.
+    first: points to begin with. All methods may be called from any thread.
 
     Raises ProjectError if the sampler cannot search the space, or if the folder holds a search that differs in the
     space, the sampler, the seed, the objectives, the rungs or the inputs; StorageError if it cannot be read or written.
     """
 
     def __init__(
-        self, space: Space, search: Search, rungs: Sequence[int], folder: str, inputs: str, *, restart: bool = False
+        self,
+        space: Space,
+        search: Search,
+        rungs: Sequence[int],
+        folder: str,
+        inputs: str,
+        *,
+        restart: bool = False,
+        replaces: bool = False,
+        first: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         check_sampler(space, search)
         self.trials: list[Trial] = []
         self._space, self._search, self._rungs = space, search, tuple(rungs)
         self._grid = space.grid() if search.sampler == "grid" else None
+        self._given = list(first) if self._grid is None else self._grid
         self._limit = search.trials if self._grid is None else min(search.trials, len(self._grid))
         self._stops = search.stop_early and len(self._rungs) > 1 and len(search.objectives) == 1
         self._lock = threading.RLock()
@@ -55,7 +66,7 @@ class Study:
             directions=["maximize", *["minimize"] * (len(search.objectives) - 1)],
             pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=search.reduction),
         )
-        self._journal = Journal(folder, self._identity(inputs), restart=restart)
+        self._journal = Journal(folder, self._identity(inputs), restart=restart, replaces=replaces)
         beneath = sampler_of(search, 0) if search.sampler == "cmaes" else None
         for event in self._journal.events:
             self._enter(event, beneath)
@@ -86,9 +97,8 @@ class Study:
             number = len(self.trials)
             if number >= self._limit:
                 return None
-            trial = self._begin(
-                Given(self._grid[number]) if self._grid is not None else sampler_of(self._search, number)
-            )
+            is_given = number < len(self._given)
+            trial = self._begin(Given(self._given[number]) if is_given else sampler_of(self._search, number))
             self._journal.note(event="ask", number=number, values=trial.values)
             return trial
 
@@ -150,6 +160,7 @@ class Study:
             "stop_early": self._stops,
             "reduction": search.reduction if self._stops else None,
             "inputs": inputs,
+            "first": self._given if self._grid is None and self._given else None,
         }
 
     def _enter(self, event: Mapping[str, Any], beneath: optuna.samplers.BaseSampler | None) -> None:

@@ -22,6 +22,7 @@ from raymerge.pipelines.evaluate import evaluate
 from raymerge.pipelines.merge import merge
 from raymerge.pipelines.opening import open_project
 from raymerge.pipelines.search import Sought, find, prepare, search, with_settings
+from raymerge.pipelines.searching.aim import aim_of
 from raymerge.pipelines.searching.chosen import Chosen, show
 from raymerge.pipelines.searching.scorer import LABEL, order_of, portions, read_part, subset_sizes
 from raymerge.runtime.held import HeldWorkers
@@ -389,7 +390,7 @@ def test_a_grid_of_choices_with_conditions_and_a_point_that_fails(with_unified, 
         "recipe": {"strategy": "cluster_average", "rank": 4}, "sampler": "grid",
         "space": {"method": ["linear", "ties", "slerp"], "density": [0.3, 1.0]},
     }  # fmt: skip
-    show(found(change(with_unified, search=section)), open_project(with_unified).project)
+    show(found(change(with_unified, search=section)), aim_of(open_project(with_unified).project))
     trials = read_trials(str(folder_of(with_unified)))
     assert [(t.values["method"], t.values.get("density"), t.state) for t in trials] == [
         ("linear", None, "complete"), ("ties", 0.3, "complete"), ("ties", 1.0, "complete"), ("slerp", None, "failed"),

@@ -274,6 +274,33 @@ def test_another_search_is_refused_by_what_differs(tmp_path: Path, change: dict[
     assert opened(search, tmp_path, restart=True, **places).trials == []
 
 
+def test_another_search_takes_the_place_of_one_that_it_replaces(tmp_path: Path) -> None:
+    study = opened(wanted(), tmp_path)
+    carry_out(study, study.ask())
+    assert len(opened(wanted(), tmp_path, replaces=True).trials) == 1
+    assert opened(wanted(), tmp_path, inputs="sha256:1", replaces=True).trials == []
+    assert opened(wanted(), tmp_path, inputs="sha256:1").trials == []
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2, 4])
+def test_given_points_come_first_and_others_follow_as_in_an_undisturbed_search(tmp_path: Path, cut: int) -> None:
+    first = [{"strategy": "soft", "temperature": 0.1, "method": "linear"}]
+    study = opened(wanted(trials=8), tmp_path / "one", first=first)
+    while (trial := study.ask()) is not None:
+        carry_out(study, trial)
+    assert study.trials[0].values == first[0]
+    assert study.trials[1].values != first[0]
+    other = opened(wanted(trials=8), tmp_path / "two", first=first)
+    for _ in range(cut):
+        carry_out(other, other.ask())
+    again = opened(wanted(trials=8), tmp_path / "two", first=first)
+    while (trial := again.ask()) is not None:
+        carry_out(again, trial)
+    assert [t.values for t in again.trials] == [t.values for t in study.trials]
+    with pytest.raises(ProjectError, match=r"differs in search\.first"):
+        opened(wanted(trials=8), tmp_path / "two")
+
+
 def test_each_point_of_a_grid_is_tried_once(tmp_path: Path) -> None:
     search = wanted("grid", trials=1000)
     study = finish(opened(search, tmp_path))

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from raymerge import storage
-from raymerge.config import Project
 from raymerge.errors import EvaluationError
 from raymerge.evaluation.search_panel import said
 from raymerge.evaluation.wording import size
 from raymerge.pipelines.searching import winner
+from raymerge.pipelines.searching.aim import Aim
 from raymerge.pipelines.searching.scorer import RecipeScorer
 from raymerge.recipes import parse_recipe
 from raymerge.runtime.broker import CarryOut
@@ -21,8 +21,6 @@ from raymerge.search.choice import complexity, importances, optimism, pareto_fro
 from raymerge.search.records import Trial
 from raymerge.search.results import RECIPE, Scores, Summary, write_recipe, write_scores, write_summary, write_trials
 from raymerge.search.study import Study
-
-CONTROLS = (winner.RANDOM, winner.UNIFIED)  # what a winner has to beat by more than its interval
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Chosen:
 
 def choose(scorer: RecipeScorer, study: Study) -> Chosen:
     """The simplest recipe within one standard error of the best. Raises EvaluationError if no trial is complete."""
-    space, search = scorer.space, scorer.opened.project.search
+    space, search = scorer.space, scorer.aim.section
     complete = [trial for trial in study.trials if trial.state == "complete"]
     if not complete:
         why = next((trial.error for trial in study.trials if trial.error), "none was begun: the budget is too small")
@@ -77,8 +75,8 @@ def score_at_ranks(scorer: RecipeScorer, chosen: Chosen, carry_out: CarryOut) ->
     found: list[dict[str, Any]] = []
     notes = list(chosen.summary.notes)
     searched = scorer.space.recipe(chosen.trial.values).rank
-    for rank in scorer.opened.project.search.ranks:
-        recipe = parse_recipe(winner.WINNER, {**chosen.written, "rank": rank}, centred=scorer.space.centred)
+    for rank in scorer.aim.section.ranks:
+        recipe = parse_recipe(scorer.aim.run, {**chosen.written, "rank": rank}, centred=scorer.space.centred)
         try:
             if rank == searched:  # as it was searched: no worker is asked
                 values = chosen.trial.rungs[-1].values
@@ -91,12 +89,14 @@ def score_at_ranks(scorer: RecipeScorer, chosen: Chosen, carry_out: CarryOut) ->
     return replace(chosen, summary=replace(chosen.summary, ranks=found, notes=notes))
 
 
-def beside_others(chosen: Chosen, test: float | None, beside: Sequence[winner.Beside], notes: Sequence[str]) -> Chosen:
+def beside_others(
+    chosen: Chosen, aim: Aim, test: float | None, beside: Sequence[winner.Beside], notes: Sequence[str]
+) -> Chosen:
     """The same with its score on test examples beside other rows, and warnings where it is not better."""
-    warnings = [] if test is None else [*_not_beaten(beside)]
+    warnings = [] if test is None else [*_not_beaten(aim, beside)]
     summary = replace(
         chosen.summary,
-        run=None if test is None else winner.WINNER,
+        run=None if test is None else aim.run,
         test=test,
         beside=[asdict(one) for one in beside],
         notes=[*chosen.summary.notes, *notes, *warnings],
@@ -104,9 +104,9 @@ def beside_others(chosen: Chosen, test: float | None, beside: Sequence[winner.Be
     return replace(chosen, summary=summary)
 
 
-def _not_beaten(beside: Sequence[winner.Beside]) -> Iterator[str]:
-    for one in beside:
-        if one.name in CONTROLS and not one.is_beaten:
+def _not_beaten(aim: Aim, beside: Sequence[winner.Beside]) -> Iterator[str]:
+    for one in beside:  # the controls have to be beaten by more than the interval
+        if one.name in (aim.random, aim.unified) and not one.is_beaten:
             yield (
                 f"the winner does not beat {one.name} beyond its interval: {one.difference:+.2f} points on test "
                 f"examples, {one.low:+.2f} to {one.high:+.2f}"
@@ -118,20 +118,20 @@ def _not_beaten(beside: Sequence[winner.Beside]) -> Iterator[str]:
 
 def write_results(scorer: RecipeScorer, study: Study, chosen: Chosen) -> None:
     """Write trials, scores by persona, the summary, and the winner's recipe."""
-    folder = scorer.opened.project.search_folder()
+    folder = scorer.aim.folder
     write_trials(folder, study.trials, scorer.space)
     write_scores(folder, chosen.scores)
-    write_recipe(folder, winner.WINNER, chosen.written)
+    write_recipe(folder, scorer.aim.run, chosen.written)
     write_summary(folder, chosen.summary)
 
 
-def show(chosen: Chosen, project: Project) -> None:
+def show(chosen: Chosen, aim: Aim) -> None:
     """Print what a search found."""
-    for line in lines_of(chosen, project):
+    for line in lines_of(chosen, aim):
         print(line, flush=True)
 
 
-def lines_of(chosen: Chosen, project: Project) -> list[str]:
+def lines_of(chosen: Chosen, aim: Aim) -> list[str]:
     """What a search found, for people: the winner, what its score is worth, what mattered, what it costs."""
     summary = chosen.summary
     worth = "" if summary.optimism is None or not np.isfinite(summary.optimism) else (
@@ -158,7 +158,7 @@ def lines_of(chosen: Chosen, project: Project) -> list[str]:
             for one in summary.beside
         ]
     lines += [f"note: {note}" for note in summary.notes]
-    return [*lines, f"Recipe: {storage.join(project.search_folder(), RECIPE)}"]
+    return [*lines, f"Recipe: {storage.join(aim.folder, RECIPE)}"]
 
 
 def _spent(study: Study) -> dict[str, Any]:

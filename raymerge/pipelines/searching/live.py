@@ -32,12 +32,14 @@ class Live:
         search: Search,
         best: Callable[[], Trial | None],
         *,
+        title: str = "search",
         total: int | None = None,
         finished_before: int = 0,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._search = search
+        self._title = title
         self._best = best
         self._total = search.trials if total is None else total
         self._before = finished_before
@@ -89,9 +91,9 @@ class Live:
     def say(self, text: str) -> None:
         """A line of its own: a worker that was lost, an item that is tried again."""
         if self._live is not None:
-            self._live.console.print(f"search: {text}", markup=False, highlight=False)
+            self._live.console.print(f"{self._title}: {text}", markup=False, highlight=False)
         else:
-            print(f"search: {text}", file=self._stream, flush=True)
+            print(f"{self._title}: {text}", file=self._stream, flush=True)
 
     def status(self) -> str:
         """Finished of all, best so far, rate, time left: '12/60 trials, best 71.3 (trial 9), 240/h, 12:00 left'."""
@@ -126,7 +128,7 @@ class Live:
         for trial in rows:
             is_best = best is not None and trial.number == best.number
             table.add_row(str(trial.number), *figures_text(trial), said(trial.values), style="bold" if is_best else "")
-        return Group(Text(f"search: {self.status()}", style="bold", no_wrap=True, overflow="ellipsis"), table)
+        return Group(Text(f"{self._title}: {self.status()}", style="bold", no_wrap=True, overflow="ellipsis"), table)
 
 
 def figures_text(trial: Trial) -> tuple[str, str]:

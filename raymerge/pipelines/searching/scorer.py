@@ -8,7 +8,7 @@ found there; the worker compares the digests of the adapters themselves. No merg
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -24,6 +24,7 @@ from raymerge.pipelines.opening import Opened
 from raymerge.pipelines.placing import Placed
 from raymerge.pipelines.planning import cut, merges_of
 from raymerge.pipelines.scoring import answering_of, asking_of, retrieval_of
+from raymerge.pipelines.searching.aim import Aim
 from raymerge.recipes import Recipe
 from raymerge.runtime.broker import CarryOut
 from raymerge.runtime.scheduler import Item, Outcome
@@ -75,11 +76,12 @@ class Known:
 class RecipeScorer:
     """Scores recipes on the validation examples of a project.
 
-    names: personas, in the order in which they are scored. rungs: how many of them each step takes, ascending. folder:
-    for what was scored.
+    aim: what for. names: personas, in the order in which they are scored. rungs: how many of them each step takes,
+    ascending. folder: for what was scored.
     """
 
     opened: Opened
+    aim: Aim
     placed: Placed
     space: Space
     names: tuple[str, ...]
@@ -98,7 +100,7 @@ class RecipeScorer:
         """As `score`, for any recipe. penalty: see `Figures`."""
         parts = self.parts(recipe, rung)
         asked, new = self.known.begin(parts)
-        items = [Item(f"search/{storage.name_of(place)}", "model", "tune", parts[place]) for place in new]
+        items = [Item(f"{self.aim.title}/{storage.name_of(place)}", "model", "tune", parts[place]) for place in new]
         answers = 0
         seconds = 0.0
         try:
@@ -128,8 +130,7 @@ class RecipeScorer:
         table, _ = among.route(recipe)
         merges = merges_of(self.opened, recipe, table)
         answering = answering_of(self.opened, recipe, table, merges, {}, in_memory=True)
-        search = self.opened.project.search
-        asking = asking_of(self.opened, "validation", retrieval_of(self.opened, recipe), search.examples)
+        asking = asking_of(self.opened, "validation", retrieval_of(self.opened, recipe), self.aim.section.examples)
         found = {}
         for names in portions(self.names, self.rungs[: rung + 1], self.opened.project.evaluation.personas_per_item):
             sources = tuple(answering[name].source for name in names)
@@ -183,10 +184,13 @@ def subset_sizes(search: Search, personas: int, where: str) -> tuple[int, ...]:
     return (*sizes, personas)
 
 
-def order_of(opened: Opened, search: Search) -> tuple[str, ...]:
-    """Personas with validation examples, in an order drawn from the seed. Raises PersonaError if there are none."""
+def order_of(opened: Opened, search: Search, left_out: Collection[str] = ()) -> tuple[str, ...]:
+    """Personas with validation examples, in an order drawn from the seed. left_out: those who score nothing.
+
+    Raises PersonaError if there are none.
+    """
     personas = opened.need_personas("search")
-    without = set(personas.missing("validation"))
+    without = {*personas.missing("validation"), *left_out}
     names = [name for name in personas.names if name not in without]
     if not names:
         raise PersonaError(

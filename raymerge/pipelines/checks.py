@@ -9,6 +9,7 @@ from raymerge.config import Grouping
 from raymerge.errors import AdapterError, PersonaError
 from raymerge.merging.methods import METHODS
 from raymerge.pipelines.layout import check_same_recipe
+from raymerge.pipelines.learned import check_router, router_of
 from raymerge.pipelines.opening import Opened
 from raymerge.pipelines.trainings import is_unified
 from raymerge.recipes import Recipe
@@ -16,7 +17,8 @@ from raymerge.routing.embeddings import read_embeddings
 
 
 def check_recipes(opened: Opened, *, train: Collection[Grouping], merge: bool) -> None:
-    """Raise what would fail every item of a recipe: a run of another recipe, an anchor or vectors that are not there.
+    """Raise what would fail every item of a recipe: a run of another recipe, an anchor, a router or vectors that
+    are not there.
 
     train: the groupings that the job trains. merge: whether it writes into the runs' folders.
     """
@@ -24,6 +26,7 @@ def check_recipes(opened: Opened, *, train: Collection[Grouping], merge: bool) -
         if merge:
             check_same_recipe(opened.project.run_folder(recipe.name), recipe)
         _check_anchor(opened, recipe, train)
+        check_router(opened.project, router_of(opened.project, recipe), f"recipe {recipe.name}")
         if recipe.embedding is not None:
             read_embeddings(opened.project.path(recipe.embedding))
 

@@ -13,6 +13,7 @@ from raymerge import storage
 from raymerge.config import Grouping, Project
 from raymerge.errors import PersonaError, ProjectError, RoutingError
 from raymerge.manifest import read_manifest
+from raymerge.pipelines.learned import held_out_of, read_trained, router_of
 from raymerge.pipelines.opening import Opened
 from raymerge.pipelines.planning import embedding_items, embedding_source
 from raymerge.recipes import Recipe
@@ -86,13 +87,19 @@ class Placed:
         )
 
     def inputs_of(self, recipe: Recipe) -> RoutingInputs:
-        """The inputs, without what cannot be read, and with the recipe's own embedding where it names a file."""
+        """The inputs, without what cannot be read, with the router where the recipe asks it, and with the recipe's own
+        embedding where it names a file. Adapters of personas held out from the router are no experts to it."""
         inputs = self.inputs
         if recipe.strategy == "neighbours_trained":  # whoever has examples, with or without an adapter
             inputs = replace(inputs, experts=self.opened.trainable)
         if needs_embeddings(self.opened.project, recipe):
             read = [[n for n in names if n not in self.unread] for names in (inputs.personas, inputs.experts)]
             inputs = replace(inputs, personas=read[0], experts=read[1])
+        folder = router_of(self.opened.project, recipe)
+        if folder is not None:
+            unknown = held_out_of(folder)
+            able = [name for name in inputs.experts if name not in unknown]
+            inputs = replace(inputs, experts=able, router=read_trained(folder))
         if recipe.embedding is None:
             return inputs
         vectors = read_embeddings(self.opened.project.path(recipe.embedding))

@@ -13,6 +13,7 @@ from raymerge import storage
 from raymerge.adapters.catalogue import Catalogue
 from raymerge.config import Grouping, Project
 from raymerge.errors import ProjectError
+from raymerge.pipelines.learned import router_of
 from raymerge.pipelines.opening import Opened
 from raymerge.pipelines.planning import TRAINS_ITS_OWN
 from raymerge.pipelines.trainings import is_foreign, is_unified
@@ -21,11 +22,18 @@ FOLDER = "_seeds"
 
 
 def check_seeds(opened: Opened, groupings: Sequence[Grouping]) -> None:
-    """Raise ProjectError if an adapter is there that cannot be trained with another seed, or nothing is trained."""
+    """Raise ProjectError if an adapter is there that cannot be trained with another seed, if nothing is trained, or if
+    a recipe asks a router."""
     project = opened.project
     own = any(recipe.strategy in TRAINS_ITS_OWN for recipe in opened.recipes.values())
     if not groupings and not own:
         raise ProjectError(f"{project.location}: nothing is trained, so there is nothing that a seed would change.")
+    for recipe in opened.recipes.values():
+        if router_of(project, recipe) is not None:
+            raise ProjectError(
+                f"recipe {recipe.name}: asks the router, which was trained on the adapters of one seed.\n"
+                "Leave --seeds out, or name the other recipes with --recipe."
+            )
     clusters = Catalogue.from_template(project.path(project.cluster_adapters)).names
     of_grouping = {"persona": opened.adapters, "unified": ("unified",), "cluster": clusters}
     names = [name for grouping in groupings for name in of_grouping[grouping]]

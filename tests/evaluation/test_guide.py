@@ -175,6 +175,18 @@ def test_a_search_is_asked_for_once_and_where_examples_can_choose() -> None:
     assert step(guided(*references()), "Search") is None  # what is merged by hand costs less, and comes first
 
 
+def test_a_router_is_asked_for_once_and_where_examples_can_tune_it() -> None:
+    rows = [*references(), control(0.4)]
+    asked = step(guided(*rows, soft(0.6, validation_similarity=60.0)), "Train a router")
+    assert asked is not None
+    assert (asked.command, asked.gain, asked.training) == ("raymerge router p.yaml", None, True)
+    assert asked.seconds == 4 * 600 + 10 * 30
+    assert step(guided(*rows, soft(0.6)), "Train a router") is None  # nobody has validation examples
+    learned = soft(0.6, name="learned_router", validation_similarity=60.0)
+    assert step(guided(*rows, learned), "Train a router") is None
+    assert step(guided(*references()), "Train a router") is None
+
+
 @pytest.mark.parametrize(("chosen", "asks"), [(2.0, "above 2"), (0.5, "below 0.5"), (1.0, None)])
 def test_a_scale_at_the_end_of_the_grid_asks_for_a_wider_one(chosen: float, asks: str | None) -> None:
     tried = [{"factor": f, "similarity": 60 - 3 * abs(f - chosen)} for f in (0.5, 1.0, 2.0)]

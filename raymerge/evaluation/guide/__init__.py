@@ -17,6 +17,7 @@ from raymerge.evaluation.guide.with_training import (
     more_test_data,
     start_from_unified,
     train_on_neighbours,
+    train_router,
     train_with_other_seeds,
 )
 from raymerge.evaluation.guide.without_training import (
@@ -36,6 +37,7 @@ MAKERS: Sequence[Callable[[Facts], Step | None]] = (
     compare_reference,
     tune_scale,
     search_recipe,
+    train_router,
     retrieve,
     choose_per_persona,
     mix_own,

@@ -4,9 +4,12 @@ Each function looks at the facts and makes its step, or none where it would gain
 """
 
 from raymerge.evaluation.guide.facts import Facts, Step, plus, scaled
+from raymerge.evaluation.scores import LEARNED
 from raymerge.evaluation.wording import signed
 
 SEEDS = 3
+ROUTER_TRAININGS = 4  # of the unified adapter, which has the same rows and fewer epochs of them, without mixtures
+ROUTER_ROWS = 10  # evaluations that its tuning costs
 
 
 def compare_reference(facts: Facts) -> Step | None:
@@ -57,6 +60,21 @@ def train_on_neighbours(facts: Facts) -> Step | None:
         training=True,
         seconds=seconds,
         command=facts.run("neighbours_trained"),
+    )
+
+
+def train_router(facts: Facts) -> Step | None:
+    """A network that says whose adapters serve a persona, where similarity alone says it."""
+    if facts.merge is None or facts.named(LEARNED) is not None or not facts.validated:
+        return None
+    unified = scaled(ROUTER_TRAININGS, facts.training("unified"))
+    return Step(
+        what="Train a router, which learns from training rows whom each persona should ask",
+        gain=None,
+        because="it is tuned on validation examples, and what it is worth beside similarity is said",
+        training=True,
+        seconds=plus(unified, scaled(ROUTER_ROWS, facts.evaluating())),
+        command=facts.command("router"),
     )
 
 

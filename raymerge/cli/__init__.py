@@ -6,11 +6,11 @@ import os
 import sys
 from typing import Any
 
-from raymerge.cli import projects, searches, standalone
+from raymerge.cli import projects, routers, searches, standalone
 from raymerge.cli.application import app
 from raymerge.errors import RaymergeError
 
-__all__ = ["app", "main", "projects", "searches", "standalone"]
+__all__ = ["app", "main", "projects", "routers", "searches", "standalone"]
 
 _KEEP_NOTHING = frozenset({"inspect", "methods", "prompt"})  # commands that begin anew each time
 

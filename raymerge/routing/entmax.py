@@ -45,5 +45,7 @@ def entmax(scores: Tensor) -> Tensor:
 
     A score of -inf gets 0, and a row of them nothing but zeros. Differentiable once, as far as any weight is above 0.
     """
+    if not scores.shape[-1]:
+        return scores
     weights: Tensor = _Entmax.apply(scores)  # type: ignore[no-untyped-call]
     return weights

@@ -80,9 +80,8 @@ def _note_strangers(router: Router, space: Space) -> list[str]:
     strangers = [name for name in space.experts if name not in known] if router.shape.network == "mlp" else []
     if not strangers:
         return []
-    return [
-        f"{strangers[0]}: the router (mlp) has not seen it and it contributes to nobody ({len(strangers)} such experts)"
-    ]
+    many = f"({len(strangers)} such experts)"
+    return [f"{strangers[0]}: the router (mlp) has not seen it and it contributes to nobody but itself {many}"]
 
 
 def _note_few(router: Router, space: Space, found: Candidates) -> list[str]:

@@ -29,7 +29,7 @@ class _Entmax(torch.autograd.Function):
         return weights
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         [weights] = ctx.saved_tensors
         roots = weights.sqrt()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from raymerge import storage
@@ -15,7 +16,7 @@ from raymerge.personas import Example, read_personas, render_prompt
 from raymerge.runtime.tasks import TrainTask
 from raymerge.runtime.training_checkpoints import Checkpoints
 from raymerge.runtime.training_curves import check_tensorboard
-from raymerge.runtime.training_inputs import TrainingInputs, gather_inputs
+from raymerge.runtime.training_inputs import GroupInputs, TrainingInputs, gather_inputs
 from raymerge.runtime.training_progress import ProgressFile
 from raymerge.runtime.training_recorder import Recorder
 
@@ -59,7 +60,7 @@ def train_to_folders(task: TrainTask, worker: Any) -> dict[str, Any]:
         ProgressFile(task.folder).remove()  # checkpoints stay: what is tried again goes on from them
         _remove_if_empty(task.folder)
         if isinstance(error, ModelError):
-            raise _with_persona(error, inputs) from error
+            raise with_example(error, inputs.groups) from error
         raise
     finally:
         recorder.close()
@@ -86,9 +87,9 @@ def _publish_tried(task: TrainTask, inputs: TrainingInputs) -> bool:
     return True
 
 
-def _with_persona(error: ModelError, inputs: TrainingInputs) -> ModelError:
-    """The engine knows rows by their number among those of an adapter; people know them by whose they are."""
-    for name, group in inputs.groups.items():
+def with_example(error: ModelError, groups: Mapping[str, GroupInputs]) -> ModelError:
+    """The engine knows rows by their number among those of a group; people know them by whose they are."""
+    for name, group in groups.items():
         found = re.match(rf"{re.escape(name)}: (validation: )?row (\d+)\b", str(error))
         if found is not None:
             examples = group.validation if found[1] else group.rows

@@ -19,6 +19,7 @@ from raymerge.runtime.tasks import (
     GatherTask,
     MergeTask,
     PrefixTask,
+    RouterTask,
     SketchTask,
     TrainTask,
     TuneTask,
@@ -130,6 +131,12 @@ class ModelWorker:
         from raymerge.runtime.prefix import train_prefixes_to_folders
 
         return train_prefixes_to_folders(task, self)
+
+    def train_router(self, task: RouterTask) -> dict[str, Any]:
+        """Write the router of an item."""
+        from raymerge.runtime.router import train_router_to_folder
+
+        return train_router_to_folder(task, self)
 
     def tune(self, task: TuneTask) -> dict[str, Any]:
         """Write how similar the answers of each candidate are."""

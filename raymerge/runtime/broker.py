@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +16,10 @@ from raymerge.runtime.held import HeldWorkers
 from raymerge.runtime.host import describe
 from raymerge.runtime.kinds import WorkerKind
 from raymerge.runtime.progress import Progress
+from raymerge.runtime.scheduler import first_line
 from raymerge.search.records import Figures
 
+LOOK_S = 0.2  # how often a process that waits for items looks for signals
 START_S = 30.0  # that the first answers wait for the processes of other trials, at most
 
 CarryOut = Callable[[Sequence[Item]], Sequence[Outcome]]
@@ -48,6 +51,15 @@ class Answer:
 
     figures: Figures | None = None
     error: str | None = None
+    over: RaymergeError | None = None
+    said: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What became of items, or why no worker can carry out any; said: as of an answer."""
+
+    outcomes: tuple[Outcome, ...] = ()
     over: RaymergeError | None = None
     said: tuple[str, ...] = ()
 
@@ -108,10 +120,55 @@ class Broker:
             promised = self._answers.setdefault((number, rung), Future())
         if is_new:
             promised.set_result(answer(self._scorer, values, rung, self._workers.carry_out))
-        found = promised.result()
+        return replace(promised.result(), said=self._news())
+
+    def carry_out(self, items: Sequence[Item]) -> Carried:
+        """Items of no trial, on the same workers."""
+        try:
+            return Carried(tuple(self._workers.carry_out(items)), said=self._news())
+        except PoolError as error:
+            return Carried(over=error, said=self._news())
+
+    def _news(self) -> tuple[str, ...]:
         with self._lock:  # the workers may say more meanwhile, but nobody else takes it
-            return replace(found, said=tuple(self._said.popleft() for _ in range(len(self._said))))
+            return tuple(self._said.popleft() for _ in range(len(self._said)))
 
     def close(self) -> None:
         """End the workers."""
         self._workers.close()
+
+
+def asking(ray: Any, broker: Any, noted: Sequence[int], say: Callable[[str], None]) -> CarryOut:
+    """What carries out items on the workers of a broker, for the process that made it.
+
+    noted: signals, looked at while it waits. Raises what they stand for, and PoolError.
+    """
+
+    def carry_out(items: Sequence[Item]) -> Sequence[Outcome]:
+        asked = broker.carry_out.remote(tuple(items))
+        while not noted and not ray.wait([asked], timeout=LOOK_S)[0]:
+            pass
+        if noted:
+            raise interrupted(noted[0])
+        try:
+            carried: Carried = ray.get(asked)
+        except ray.exceptions.RayActorError as error:
+            raise gone(error) from error
+        for text in carried.said:
+            say(text)
+        if carried.over is not None:
+            raise carried.over
+        return carried.outcomes
+
+    return carry_out
+
+
+def interrupted(number: int) -> BaseException:
+    """What a signal raises."""
+    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
+
+
+def gone(error: Exception) -> PoolError:
+    """That the broker died."""
+    why = f"the process that holds the search's workers died: {first_line(str(error))}"
+    return PoolError(f"{why}\nThe same search goes on from here.")

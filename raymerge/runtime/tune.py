@@ -17,20 +17,20 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from raymerge.errors import PoolError
-from raymerge.runtime.broker import Answer, Broker, Scorer, Told, answer
+from raymerge.runtime.broker import Answer, Broker, CarryOut, Scorer, Told, answer, asking, gone, interrupted
 from raymerge.runtime.connection import connected
 from raymerge.runtime.course import Course, Watch
 from raymerge.runtime.held import HeldWorkers
 from raymerge.runtime.kinds import WorkerKind
 from raymerge.runtime.pool import READY_DEADLINE_S, plan_here
-from raymerge.runtime.scheduler import first_line
 from raymerge.search.records import Trial
 
 if TYPE_CHECKING:
     from raymerge.search.study import Study
 
-__all__ = ["Scorer", "Watch", "search_here", "search_on_ray"]
+__all__ = ["Scorer", "Then", "Watch", "search_here", "search_on_ray"]
 
+Then = Callable[[CarryOut], None]
 GRACE_S = 10.0
 _SLIVER = 0.001  # of the resource that a machine is: a placement group has to hold something
 _QUIET = ("ray.tune", "ray.train", "ray.air")
@@ -45,7 +45,13 @@ _ENVIRONMENT = {
 
 
 def search_here(
-    study: Study, scorer: Scorer, kinds: Sequence[WorkerKind], *, may_go_on: Callable[[], bool], watch: Watch
+    study: Study,
+    scorer: Scorer,
+    kinds: Sequence[WorkerKind],
+    *,
+    may_go_on: Callable[[], bool],
+    watch: Watch,
+    then: Then | None = None,
 ) -> None:
     """As `search_on_ray`, in this process and one trial at a time."""
     course = Course(study, may_go_on, watch)
@@ -55,8 +61,10 @@ def search_here(
                 if course.report(trial, answer(scorer, trial.values, rung, workers.carry_out)):
                     break
             course.end(trial)
-    if course.over is not None:
-        raise course.over
+        if course.over is not None:
+            raise course.over
+        if then is not None:
+            then(workers.carry_out)
 
 
 def search_on_ray(
@@ -67,13 +75,15 @@ def search_on_ray(
     concurrency: int | None,
     may_go_on: Callable[[], bool],
     watch: Watch,
+    then: Then | None = None,
     ready_deadline_s: float = READY_DEADLINE_S,
     max_attempts: int = 3,
     autoscaling: bool = False,
 ) -> None:
     """Carry out what the study proposes, until it has no more to propose or `may_go_on` says no.
 
-    concurrency: trials at once; None is one for each worker, and one that is routed meanwhile. For the other
+    concurrency: trials at once; None is one for each worker, and one that is routed meanwhile. then: called in this
+    process after the last trial, with what the workers carry out, who are held until it returns. For the other
     arguments see `run_on_ray`. Raises PoolError if the Ray cluster lacks what a worker takes, if no worker comes up, or
     if the broker dies; KeyboardInterrupt and SystemExit after SIGINT and SIGTERM. Whatever is raised, what was scored
     is in the study, no worker is left, and trials that were under way are handed out again by the next search.
@@ -94,12 +104,14 @@ def search_on_ray(
             _wait_for(ray, broker)
             _tuner(ray, course, broker, len(scorer.rungs), at_once, folder, ended).fit()
             if not ended():
+                if then is not None:
+                    then(asking(ray, broker, noted, watch.say))
                 with suppress(ray.exceptions.RayError):  # all is scored: a slow farewell is no failure
                     ray.get(broker.close.remote(), timeout=GRACE_S)
         finally:
             ray.kill(broker)
     if noted:
-        raise KeyboardInterrupt if noted[0] == signal.SIGINT else SystemExit(128 + noted[0])
+        raise interrupted(noted[0])
     if course.over is not None:
         raise course.over
 
@@ -194,8 +206,7 @@ def _ask_broker(config: Mapping[str, Any], broker: Any) -> None:
         try:
             found = ray.get(broker.score.remote(config["number"], config["values"], rung))
         except ray.exceptions.RayActorError as error:
-            why = f"the process that holds the search's workers died: {first_line(str(error))}"
-            found = Answer(over=PoolError(f"{why}\nThe same search goes on from here."))
+            found = Answer(over=gone(error))
         tune.report({"rung": rung, "answer": found})
 
 

@@ -284,6 +284,52 @@ def test_what_ends_a_search_loses_nothing_that_was_scored(folder: Path, how: Any
     assert told(cut) == told(undisturbed)
 
 
+def asked(folder: Path) -> dict[str, Any]:
+    return {"temperature": 0.3, "scale": 1.3, "personas": 5, "folder": str(folder), "sleep_s": 0.0}
+
+
+def test_who_comes_after_the_trials_has_their_worker_and_one_in_its_place_where_it_is_killed(folder: Path):
+    study, pids = opened(folder, wanted(stop_early=False, trials=4)), []
+
+    def then(carry_out: CarryOut) -> None:
+        for method in ("score", "block"):
+            [outcome] = carry_out([Item("after", "model", method, asked(folder))])
+            assert outcome.result is not None, outcome.error
+            pids.append(outcome.result["pid"])
+
+    killer = when_blocked(folder, lambda pid: os.kill(pid, signal.SIGKILL))
+    seen = run(study, Scores(str(folder)), then=then)
+    killer.join(30)
+    assert {figures.seconds for trial in study.trials for figures in trial.rungs} == {pids[0]}
+    assert pids[1] != pids[0]
+    assert any("takes the place of" in text for text in seen.said)
+    eventually(lambda: not psutil.pid_exists(pids[1]), "the worker is still there")
+
+
+@pytest.mark.parametrize("how", ["broker", signal.SIGTERM])
+def test_what_ends_a_search_after_its_trials(folder: Path, how: Any):
+    def end(pid: int) -> None:
+        if how == "broker":
+            [process] = processes("ray::Broker")
+            process.kill()
+        else:
+            os.kill(os.getpid(), how)
+
+    def then(carry_out: CarryOut) -> None:
+        carry_out([Item("after", "model", "block", asked(folder))])
+        raise AssertionError("it went on")
+
+    ender = when_blocked(folder, end)
+    study = opened(folder, wanted(stop_early=False, trials=2))
+    with pytest.raises(PoolError if how == "broker" else SystemExit) as caught:
+        run(study, Scores(str(folder)), then=then)
+    ender.join(30)
+    if how == "broker":
+        assert str(caught.value).startswith("the process that holds the search's workers died: ")
+    eventually(lambda: not processes("ray::Broker"), "the broker is still there")
+    assert study.finished == 2
+
+
 @pytest.mark.parametrize("here", [True, False], ids=["here", "on Ray"])
 def test_recipes_that_cannot_be_scored_fail_and_count(folder: Path, here: bool):
     study, scorer, seen = opened(folder, wanted(stop_early=False)), Fails(str(folder)), Seen()

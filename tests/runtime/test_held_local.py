@@ -188,6 +188,23 @@ def test_a_search_that_is_interrupted_goes_on_as_if_it_had_not_been(tmp_path: Pa
     assert rest.calls == first.calls - (call - 1)
 
 
+def test_who_comes_after_the_trials_has_their_workers_and_nobody_comes_where_they_were_cut_short(tmp_path: Path):
+    came: list[Any] = []
+
+    def then(carry_out: CarryOut) -> None:
+        [outcome] = carry_out(counts("after"))
+        came.append(outcome.result)
+
+    scorer = Scores()
+    search_here(opened(tmp_path), scorer, KINDS, may_go_on=lambda: True, watch=Silent(), then=then)
+    assert [one["calls"] for one in came] == [scorer.calls + 1]  # of one worker
+    with pytest.raises(KeyboardInterrupt):
+        search_here(
+            opened(tmp_path / "cut"), Scores(2), KINDS, may_go_on=lambda: True, watch=Silent(), then=then
+        )  # fmt: skip
+    assert len(came) == 1
+
+
 def test_a_search_here_loads_neither_ray_nor_optuna_before_it_begins():
     code = """
 import sys

@@ -100,7 +100,7 @@ def check_validation(opened: Opened, what: str, settings: Training, grouping: Gr
     without = set(personas.missing("validation")) & set(opened.trainable)
     if not without or (len(settings.choices) < 2 and settings.patience is None):
         return
-    trained = [name for name in opened.trainable if not _is_foreign_in(opened.project, grouping, name)]
+    trained = to_train(opened, grouping)
     lacking = [name for name in trained if name in without]
     why = "several numbers of epochs to choose from" if len(settings.choices) > 1 else "`patience`"
     if lacking and len(lacking) == len(trained):
@@ -113,10 +113,17 @@ def check_validation(opened: Opened, what: str, settings: Training, grouping: Gr
         )
 
 
-def _is_foreign_in(project: Project, grouping: Grouping | None, persona: str) -> bool:
-    """Whether the adapter that a persona would be trained for is foreign; that of a cluster is not known yet."""
-    name = {"persona": persona, "unified": "unified"}.get(grouping or "")
-    return name is not None and is_foreign(project.adapter_location(name))
+def to_train(opened: Opened, grouping: Grouping | None) -> list[str]:
+    """Personas whose examples a training takes. grouping: as in `check_validation`.
+
+    Whose adapter somebody else made is left out; that of a cluster is not known yet.
+    """
+
+    def is_made_elsewhere(persona: str) -> bool:
+        name = {"persona": persona, "unified": "unified"}.get(grouping or "")
+        return name is not None and is_foreign(opened.project.adapter_location(name))
+
+    return [name for name in opened.trainable if not is_made_elsewhere(name)]
 
 
 def training_items(

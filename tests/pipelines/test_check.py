@@ -19,6 +19,8 @@ from raymerge.pipelines.check import check, checked
 from raymerge.pipelines.checking import prompts
 from raymerge.pipelines.checking.model import check_model
 from raymerge.pipelines.checking.table import report
+from raymerge.pipelines.opening import open_project
+from raymerge.pipelines.trainings import check_training
 
 
 def change(project, **keys):
@@ -214,17 +216,40 @@ def test_who_lacks_a_split_and_clusters_of_one_are_named(clean):
         assert f"warn: {expected}" in said
 
 
+ALL = tuple(f"p{i}" for i in range(6))
+
+
 @pytest.mark.parametrize("training", [{"patience": 2}, {"epochs": [2, 4]}])
-def test_what_chooses_on_validation_rows_cannot_without_them(clean, training):
-    file = Path(clean).parent / "personas.jsonl"
-    file.write_text("".join(line for line in file.read_text().splitlines(True) if '"validation"' not in line))
-    assert section(checked(clean), "splits").sign == "warn"
+@pytest.mark.parametrize(
+    ("trained", "without"),
+    [((), ALL), (ALL, ALL), (("p3",), ("p3",)), (("p3",), ("p2",)), (("p2", "p3"), ("p3",)), (ALL, ("p2",))],
+)
+@pytest.mark.parametrize("is_there", [False, True])
+def test_missing_validation_rows_are_bad_where_training_refuses_them(clean, training, trained, without, is_there):
+    """trained: whose adapters training makes, or made before; the others were made elsewhere."""
+    folder = Path(clean).parent
     change(clean, training=training)
-    assert "bad: nobody has validation rows" in texts(checked(clean), "splits")
+    marker = {"files": {}, "grouping": "persona", "training": {"start_from": None}}
+    for name in trained:
+        if is_there:
+            (folder / "adapters" / name / "manifest.json").write_text(json.dumps(marker))
+        else:
+            shutil.rmtree(folder / "adapters" / name)
+    lines = [json.loads(line) for line in (folder / "personas.jsonl").read_text().splitlines()]
+    kept = [row for row in lines if row["split"] != "validation" or row["persona"] not in without]
+    (folder / "personas.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    opened = open_project(clean)
+    found = section(checked(clean), "splits").sign
+    if found == "bad":
+        with pytest.raises(PersonaError, match="validation examples"):
+            check_training(opened, {"persona": None})
+    else:
+        assert found == "warn"
+        check_training(opened, {"persona": None})
 
 
 CHOOSING = {
-    "several epochs": {"training": {"epochs": [2, 4], "rank": 2}},
+    "several epochs": {"training": {"epochs": [2, 4], "rank": 2}, "recipes": {"u": {"strategy": "unified"}}},
     "tuned": {"recipes": {"t": {"strategy": "cluster_average", "scale": "tuned"}}},
     "selective": {"recipes": {"base": {"strategy": "base"}, "own": {"strategy": "own"},
                               "s": {"strategy": "selective", "among": ["base", "own"]}}},

@@ -6,12 +6,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from raymerge.personas import SPLITS, Personas, Split
-from raymerge.pipelines.checking.adapters import is_there
 from raymerge.pipelines.checking.finding import Finding, Section, Sign, counted, listed
 from raymerge.pipelines.opening import Opened
 from raymerge.pipelines.own_trainings import settings_of
 from raymerge.pipelines.planning import TRAINS_ITS_OWN
-from raymerge.pipelines.trainings import all_groupings
+from raymerge.pipelines.trainings import all_groupings, to_train
 
 FEW = 5  # training rows below which an adapter learns little
 
@@ -64,8 +63,8 @@ def _lacking(opened: Opened, personas: Personas, split: Split) -> Finding | None
 def _without_validation(opened: Opened, text: str, missing: Sequence[str], everybody: bool) -> Finding:
     """What chooses on validation examples leaves out who has none; it cannot where nobody has any. Early stopping of
     personas' own adapters is the exception: each looks at its own rows."""
-    needs = [need for need, is_asked in _needs(opened).items() if is_asked]
-    if everybody and needs:
+    needs = [need for need, is_asked in _needs(opened, missing, everybody).items() if is_asked]
+    if needs:
         return Finding("bad", f"{text}, and {' and '.join(needs)}", "add rows with split validation, or leave that out")
     stopped = _stopped_alone(opened, missing)
     if stopped:
@@ -77,25 +76,24 @@ def _without_validation(opened: Opened, text: str, missing: Sequence[str], every
     return Finding("warn", text, "recipes are chosen on test rows then, with wider intervals: add validation rows")
 
 
-def _needs(opened: Opened) -> dict[str, bool]:
-    """What cannot be done if nobody has validation rows, and whether the project asks for it."""
+def _needs(opened: Opened, missing: Sequence[str], everybody: bool) -> dict[str, bool]:
+    """What cannot be done without the validation rows that are missing, and whether the project asks for it. A training
+    cannot where nobody whose rows it takes has any."""
     recipes = opened.recipes.values()
-    own = [recipe for recipe in recipes if recipe.strategy in TRAINS_ITS_OWN]
-    of_groupings = [opened.project.training.of(grouping) for grouping in all_groupings(opened)]
-    trainings = [*of_groupings, *(settings_of(opened, recipe) for recipe in own)]
-    stops = of_groupings or any(recipe.strategy != "prefix" for recipe in own)  # prefixes are not stopped early
+    trainings = [(opened.project.training.of(one), to_train(opened, one)) for one in all_groupings(opened)]
+    trainings += [(settings_of(opened, r), list(opened.trainable)) for r in recipes if r.strategy in TRAINS_ITS_OWN]
+    blind = [settings for settings, names in trainings if names and set(names) <= set(missing)]
     return {
-        "training.patience stops on them": opened.project.training.patience is not None and bool(stops),
-        "several epochs are chosen among on them": any(len(settings.choices) > 1 for settings in trainings),
-        "tuned recipes are chosen on them": any(recipe.tuned for recipe in recipes),
-        "selective recipes choose on them": any(recipe.strategy == "selective" for recipe in recipes),
+        "training.patience stops on them": any(settings.patience is not None for settings in blind),
+        "several epochs are chosen among on them": any(len(settings.choices) > 1 for settings in blind),
+        "tuned recipes are chosen on them": everybody and any(recipe.tuned for recipe in recipes),
+        "selective recipes choose on them": everybody and any(recipe.strategy == "selective" for recipe in recipes),
     }
 
 
 def _stopped_alone(opened: Opened, missing: Sequence[str]) -> list[str]:
-    """Those of them whose own adapter is still to be trained, with early stopping."""
-    project = opened.project
-    if project.training.patience is None or "persona" not in all_groupings(opened):
+    """Those of them whose own adapter is trained, with early stopping."""
+    if opened.project.training.patience is None or "persona" not in all_groupings(opened):
         return []
-    trainable = set(opened.trainable)
-    return [name for name in missing if name in trainable and not is_there(project.adapter_location(name))]
+    without = set(missing)
+    return [name for name in to_train(opened, "persona") if name in without]

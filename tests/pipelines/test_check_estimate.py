@@ -27,6 +27,9 @@ from raymerge.pipelines.checking.base import describe_base
 from raymerge.pipelines.checking.estimate import Estimate, Speeds, Step
 from raymerge.pipelines.checking.operations import padded, rows_of
 from raymerge.pipelines.checking.power import detectable
+from raymerge.pipelines.opening import open_project
+from raymerge.pipelines.placing import Placing, place
+from raymerge.pipelines.planning import merges_of
 from raymerge.pipelines.run import run
 
 
@@ -151,6 +154,35 @@ def test_adapters_that_are_there_are_not_trained_again_and_earlier_times_are_tak
     assert found.source(evaluating) == "measured"
     assert evaluating.there == 1
     assert evaluating.measured_s > 0
+
+
+EACH = {"p0": {"p1": 0.5, "p2": 0.5}, "p1": {"p2": 1}, "p3": {"p1": 0.5, "p2": 0.5}, "p4": {"p5": 1.2}}
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"strategy": "named", "weights": {"p0": 0.5, "p1": 0.7, "p2": 0}},
+        {"strategy": "named", "weights": {"p0": 1}, "rank": "exact", "scale": 1},
+        {"strategy": "named", "weights": EACH, "rank": "exact", "scale": 1},
+        {"strategy": "named", "weights": EACH, "rank": 2},
+        {"strategy": "random_k", "of": {"strategy": "named", "weights": {"p0": 0.5, "p1": 0.7}}},
+        {"strategy": "own"},
+        {"strategy": "own", "scale": 1.5},
+        {"strategy": "unified", "scale": 1.5},
+        {"strategy": "unified", "scale_offsets": {"clusters": {"cluster_01": 0.2}}},
+        {"strategy": "simple_average", "scale_offsets": {"clusters": {"cluster_00": 0.1, "cluster_01": 0.2}}},
+        {"strategy": "cluster_average", "scale_offsets": {"clusters": {"cluster_01": 0.2}}},
+    ],
+)
+def test_merges_are_counted_as_they_are_planned(project, recipe):
+    told = yaml.safe_load(Path(project).read_text())
+    Path(project).write_text(yaml.safe_dump({**told, "recipes": {"x": recipe}}))
+    opened = open_project(project)
+    (step,) = (step for step in checked(project).estimate.steps if step.name == "merge")
+    placed = place(opened, Placing(opened.adapters, embeddings=False, clusters=True), refit=False, write=False)
+    planned = merges_of(opened, opened.recipes["x"], placed.route(opened.recipes["x"])[0])
+    assert step.makes == len(planned.tasks)
 
 
 def test_work_is_done_no_sooner_than_its_largest_item():

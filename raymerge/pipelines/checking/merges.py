@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from raymerge import storage
 from raymerge.merging.lowrank import costs
@@ -12,9 +13,12 @@ from raymerge.pipelines.checking import operations
 from raymerge.pipelines.checking.adapters import recorded_bytes
 from raymerge.pipelines.checking.estimate import ITEM_S, READ_S, Step, measured_items
 from raymerge.pipelines.checking.known import Known
+from raymerge.pipelines.planning import TRAINS_ITS_OWN, is_as_it_is
 from raymerge.pipelines.trainings import is_foreign
 from raymerge.recipes import Recipe
+from raymerge.routing.named import by_persona
 from raymerge.routing.strategies import SOFT_EXPERTS
+from raymerge.runtime.tasks import ExpertRef
 
 _ASKED = 3  # adapters that are asked who made them
 
@@ -30,19 +34,48 @@ class Contributors:
 def contributors(known: Known, recipe: Recipe) -> Contributors:
     """Merges of a recipe, and adapters in each, before anything is routed."""
     given = recipe.strategy_parameters.get("of") or {"strategy": recipe.strategy, **recipe.strategy_parameters}
+    strategy, k = str(given["strategy"]), int(given.get("k", 1))
     people, groups = len(known.opened.names), known.cluster_count
     in_cluster = max(1, round(people / max(groups, 1)))
+    apart = len((recipe.scale_offsets or {}).get("clusters", ()))  # clusters that share no row with others
+    for_all = min(groups, apart + 1) if apart else 1
+    if strategy == "named":
+        return _named(known, recipe, given["weights"], for_all)
     each = {
         "simple_average": people,
         "cluster_average": in_cluster,
-        "top_k": int(given.get("k", 1)),
-        "sparse_moe": min(int(given.get("k", 1)), in_cluster),
+        "top_k": k,
+        "learned_router": k,
+        "sparse_moe": min(k, in_cluster),
         "soft": min(people, SOFT_EXPERTS),
-        "hierarchical": min(people, int(given.get("top_clusters", 1)) * int(given.get("k", 1))),
+        "hierarchical": min(people, int(given.get("top_clusters", 1)) * k),
         "hybrid": 2,
-    }.get(str(given["strategy"]), 0)
-    merges = {"simple_average": 1, "cluster_average": groups}.get(str(given["strategy"]), people)
+        **dict.fromkeys(("own", "unified", "cluster_trained"), 0 if _is_as_it_is(recipe, 1.0) else 1),
+    }.get(strategy, 0)
+    merges = {
+        "simple_average": for_all,
+        "unified": for_all,
+        "cluster_average": groups,
+        "cluster_trained": groups,
+        "own": len({*known.opened.adapters, *known.opened.trainable}),
+    }.get(strategy, people)
     return Contributors(merges, each) if each else Contributors(0, 0)
+
+
+def _named(known: Known, recipe: Recipe, weights: Mapping[str, Any], for_all: int) -> Contributors:
+    own = by_persona(weights)
+    rows = [weights] if own is None else [own[name] for name in known.opened.names if name in own]
+    kept = {tuple((name, weight) for name, weight in sorted(row.items()) if weight != 0) for row in rows}
+    sizes = [len(row) for row in kept if len(row) > 1 or not _is_as_it_is(recipe, row[0][1])]
+    if not sizes:
+        return Contributors(0, 0)
+    return Contributors(for_all if own is None else len(sizes), round(sum(sizes) / len(sizes)))
+
+
+def _is_as_it_is(recipe: Recipe, weight: float) -> bool:
+    """Whether an adapter alone in its row, at a weight, needs no merging."""
+    trained = recipe.strategy in TRAINS_ITS_OWN  # on the rows of those whom the weights name
+    return not trained and not recipe.tuned and is_as_it_is(recipe, [ExpertRef("", "", weight)])
 
 
 def merge_step(known: Known, recipe: Recipe) -> Step:

@@ -117,7 +117,7 @@ def _answering(recipe: Mapping[str, Any]) -> str:
 
 def scale(recipe: Mapping[str, Any], tuned: Mapping[str, Any] | None) -> str:
     """The factor of a row in words: what was written, or what validation examples chose, with the own adapter's share
-    where that was chosen too."""
+    where that was chosen too, and between which factors its offsets multiply it."""
     chosen = dict(tuned.get("chosen", {})) if tuned else {}
     written = recipe.get("scale")
     if recipe.get("strategy") in (None, "base", "selective", "prefix"):
@@ -133,4 +133,8 @@ def scale(recipe: Mapping[str, Any], tuned: Mapping[str, Any] | None) -> str:
     share = chosen.get("own_weight", recipe.get("strategy_parameters", {}).get("own_weight"))
     if isinstance(share, int | float):
         words.append(f"own {percent(share)}")
+    for key, part in (recipe.get("scale_offsets") or {}).items():
+        offsets = list(part.values()) if isinstance(part, Mapping) else part
+        factors = dict.fromkeys(f"{math.exp(d):.2f}" for d in (min(offsets), max(offsets)))
+        words.append(f"× {' to '.join(factors)} by {'cluster' if key == 'clusters' else 'depth'}")
     return ", ".join(words) or UNKNOWN

@@ -326,3 +326,8 @@ def test_scales_in_words() -> None:
     hybrid = {"strategy": "hybrid", "scale": "tuned", "strategy_parameters": {"own_weight": "tuned"}}
     assert scale(hybrid, {"chosen": {"factor": 2.0, "own_weight": 0.4}}) == "2× norm, own 40 %"
     assert scale({"strategy": "base", "scale": 1.0}, None) == "–"
+    offsets = {"clusters": {"a": 0.4, "b": -0.2, "c": 0.1}, "layers": [0.1, -0.3]}
+    assert scale({**soft, "scale_offsets": offsets}, None) == "norm, × 0.82 to 1.49 by cluster, × 0.74 to 1.11 by depth"
+    one = {**soft, "scale": 2.0, "scale_offsets": {"layers": [0.2, 0.2]}}
+    assert scale(one, None) == "2, × 1.22 by depth"
+    assert scale({**soft, "scale_offsets": None}, None) == "norm"

@@ -11,10 +11,20 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from raymerge.evaluation import drawing, panels, plots, search_panel, search_plots, wording
+from raymerge.evaluation import (
+    drawing,
+    panels,
+    plots,
+    router_panel,
+    router_plots,
+    search_panel,
+    search_plots,
+    wording,
+)
 from raymerge.evaluation.best import SERVED, Best
 from raymerge.evaluation.comparison import Comparison
 from raymerge.evaluation.exhibits import RoutingMap
+from raymerge.evaluation.router_weights import Learned
 from raymerge.evaluation.rows import REGRESSION, Row, row_of
 from raymerge.evaluation.search_panel import Searched
 from raymerge.evaluation.terminal import terminal_table
@@ -30,19 +40,24 @@ PERSONAS_LISTED = 10
 
 
 def render_report(
-    comparison: Comparison, *, title: str = "comparison", searched: Searched | None = None
+    comparison: Comparison,
+    *,
+    title: str = "comparison",
+    searched: Searched | None = None,
+    learned: Learned | None = None,
 ) -> dict[str, bytes]:
-    """All files of the report by name: report.html, comparison.json and the figures as PNG. searched: the project's
-    search, where there was one.
+    """All files of the report by name: report.html, comparison.json and the figures as PNG. searched, learned: the
+    project's search and its learned router, where there are any.
 
     Figures without data are left out: no clusters, no routing, no known times, no reference. The page stays below
     3 MB whatever the number of personas: points are thinned, maps are binned, texts are cut, and the page says so.
     """
     with drawing.styled():
         files = _pngs(comparison)
-        if searched:
-            files |= {f"{n}.png": drawing.png(figure) for n, figure in search_plots.search_figures(searched).items()}
-        page = _page(comparison, title, searched)
+        more = search_plots.search_figures(searched) if searched else {}
+        more |= router_plots.router_figures(learned, comparison) if learned else {}
+        files |= {f"{name}.png": drawing.png(figure) for name, figure in more.items()}
+        page = _page(comparison, title, searched, learned)
     files["report.html"] = page.encode("utf-8", "replace")
     files["comparison.json"] = encode_comparison(comparison)
     return files
@@ -80,7 +95,7 @@ def _shown_maps(comparison: Comparison) -> list[RoutingMap]:
     return ordered[:MAPS_SHOWN]
 
 
-def _page(comparison: Comparison, title: str, searched: Searched | None) -> str:
+def _page(comparison: Comparison, title: str, searched: Searched | None, learned: Learned | None) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("raymerge.evaluation"),
         autoescape=True,
@@ -94,7 +109,7 @@ def _page(comparison: Comparison, title: str, searched: Searched | None) -> str:
     environment.filters["coded"] = _coded
     environment.filters["capital"] = lambda text: text[:1].upper() + text[1:]
     environment.filters["spoken"] = lambda recipe: json.dumps(recipe, sort_keys=True, default=str)
-    return environment.get_template("report.html").render(_context(comparison, title, searched))
+    return environment.get_template("report.html").render(_context(comparison, title, searched, learned))
 
 
 def _coded(text: str) -> Markup:
@@ -105,7 +120,7 @@ def _coded(text: str) -> Markup:
     )
 
 
-def _context(comparison: Comparison, title: str, searched: Searched | None) -> dict[str, Any]:
+def _context(comparison: Comparison, title: str, searched: Searched | None, learned: Learned | None) -> dict[str, Any]:
     verdict = comparison.verdict
     chosen = comparison.rows[comparison.row(verdict.row)] if verdict.row else None
     rows = {row.name: row for row in comparison.rows}
@@ -132,8 +147,13 @@ def _context(comparison: Comparison, title: str, searched: Searched | None) -> d
         "regression": REGRESSION,
         "labels": labels[:CLUSTERS_LISTED],
         "labels_left_out": max(0, len(labels) - CLUSTERS_LISTED),
-        "figures": {**_svgs(comparison), "search": _search_svgs(searched) if searched else {}},
+        "figures": {
+            **_svgs(comparison),
+            "search": _search_svgs(searched) if searched else {},
+            "router": _router_svgs(learned, comparison) if learned else {},
+        },
         "search": search_panel.context(searched, comparison.reference) if searched else None,
+        "router": router_panel.context(learned, comparison) if learned else None,
         "trials_drawn": search_plots.POINTS,
         "notes": comparison.notes[:NOTES_SHOWN],
         "notes_left_out": max(0, len(comparison.notes) - NOTES_SHOWN),
@@ -188,6 +208,14 @@ def _search_svgs(searched: Searched) -> dict[str, Any]:
         for name in searched.parameters[: search_plots.PANELS]
     ]
     return found
+
+
+def _router_svgs(learned: Learned, comparison: Comparison) -> dict[str, Any]:
+    drawn = router_plots.panels(learned, comparison)
+    return {
+        name: [_svg(router_plots.figure([part]), part.label) for part in drawn.get(name, ())]
+        for name in ("personas", "weights", "training")
+    }
 
 
 def _svg(figure: Any, label: str) -> Markup:

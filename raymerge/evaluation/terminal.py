@@ -11,6 +11,8 @@ from rich.text import Text
 from raymerge.evaluation.comparison import Comparison
 from raymerge.evaluation.criteria import Criterion
 from raymerge.evaluation.drawing import KIND_SIGNS
+from raymerge.evaluation.router_panel import in_a_line as router_in_a_line
+from raymerge.evaluation.router_weights import Learned
 from raymerge.evaluation.rows import Row
 from raymerge.evaluation.search_panel import Searched, in_a_line
 from raymerge.evaluation.wording import number, p_value, percent, printable, short, signed, size
@@ -26,9 +28,11 @@ NAME = 18  # characters of a row's name
 STAYS = 10  # the importance of a column that is never left out
 
 
-def terminal_table(comparison: Comparison, width: int = WIDTH, searched: Searched | None = None) -> RenderableType:
+def terminal_table(
+    comparison: Comparison, width: int = WIDTH, searched: Searched | None = None, learned: Learned | None = None
+) -> RenderableType:
     """What `raymerge compare` prints: criteria, smallest detectable difference, table, what to run next, verdict, the
-    search where there was one, warnings. Fits `width` columns, and 80 where there are fewer."""
+    search and the learned router where there are any, warnings. Fits `width` columns, and 80 where there are fewer."""
     answered = f"{len(comparison.personas):,} personas, {comparison.examples:,} answers a row"
     if comparison.smallest_detectable is None:
         first = Text(answered + ".")
@@ -42,6 +46,8 @@ def terminal_table(comparison: Comparison, width: int = WIDTH, searched: Searche
     parts += [Padding(Text(printable(detail), style="dim"), (0, 0, 0, 2)) for detail in comparison.verdict.details]
     if searched:
         parts.append(Text.assemble(("Search: ", "bold"), printable(in_a_line(searched, comparison.reference))))
+    if learned:
+        parts.append(Text.assemble(("Router: ", "bold"), printable(router_in_a_line(learned, comparison))))
     parts += [Text(f"warning: {printable(warning)}", style="yellow") for warning in comparison.warnings]
     parts += [Text(f"note: {printable(note)}", style="dim") for note in comparison.notes[:NOTES_SHOWN]]
     if len(comparison.notes) > NOTES_SHOWN:

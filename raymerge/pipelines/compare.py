@@ -13,7 +13,8 @@ from raymerge.config import Project, load_project
 from raymerge.errors import EvaluationError
 from raymerge.evaluation.comparison import Comparison
 from raymerge.evaluation.comparison import compare as compare_scores
-from raymerge.evaluation.scores import Costs, RunScores
+from raymerge.evaluation.router_weights import Learned, read_learned
+from raymerge.evaluation.scores import LEARNED, Costs, RunScores
 from raymerge.evaluation.search_panel import Searched, read_searched
 from raymerge.manifest import read_manifest
 from raymerge.pipelines.artefacts import Artefact, Artefacts
@@ -26,11 +27,12 @@ NOT_RUNS = ("plots",)
 
 @dataclass(frozen=True)
 class Compared:
-    """A comparison, where its page lies, and the project's search, if there was one."""
+    """A comparison, where its page lies, and the project's search and its learned router, if there are any."""
 
     comparison: Comparison
     page: str
     searched: Searched | None = None
+    learned: Learned | None = None
 
 
 def compare_runs(location: str, runs: Sequence[str] = ()) -> Compared:
@@ -63,10 +65,11 @@ def compare_runs(location: str, runs: Sequence[str] = ()) -> Compared:
         recipes=project.recipes,
     )
     searched = read_searched(project.search_folder())
+    learned = read_learned(project.router_folder(), project.run_folder(LEARNED))
     title = storage.name_of(project.workspace)
-    for name, data in render_report(comparison, title=title, searched=searched).items():
+    for name, data in render_report(comparison, title=title, searched=searched, learned=learned).items():
         storage.write_bytes(storage.join(output, *(["plots"] if name.endswith(".png") else []), name), data)
-    return Compared(comparison, storage.join(output, "report.html"), searched)
+    return Compared(comparison, storage.join(output, "report.html"), searched, learned)
 
 
 def compare(location: str, *, runs: Sequence[str] = (), as_json: bool = False) -> int:
@@ -88,7 +91,7 @@ def show(compared: Compared) -> None:
     from raymerge.evaluation.terminal import terminal_table
 
     console = Console()
-    console.print(terminal_table(compared.comparison, console.width, compared.searched))
+    console.print(terminal_table(compared.comparison, console.width, compared.searched, compared.learned))
     console.print(f"Report: {compared.page}", soft_wrap=True, highlight=False)
 
 

@@ -20,7 +20,7 @@ from raymerge.errors import ModelError
 from raymerge.models.dealing import Layout, plan_layout
 from raymerge.models.layers import Forward, compute_dtype, frozen_weight, is_quantised, linear_modules, shape_of, wrap
 from raymerge.models.products import frozen_product
-from raymerge.models.weighted import WeightedLayer, check_factors, place_mixture
+from raymerge.models.weighted import WeightedLayer, check_factors, frozen, place_mixture
 
 # Copies of factors that a batch of mixtures may make beyond twice what is loaded, in bytes.
 _MIXTURE_COPIES = 256 * 2**20
@@ -49,6 +49,7 @@ class MultiLora:
         self._factors: dict[str, Factors] = {}
         self._active: Mapping[str, AddDelta | WeightedLayer] = {}
         self._restores: list[Callable[[], None]] = []
+        self._unchanged: list[nn.Module] = []
 
     @property
     def module_names(self) -> tuple[str, ...]:
@@ -79,12 +80,13 @@ class MultiLora:
                 adapters, name, having, linear[name], compute_dtype(self.model, linear[name])
             )
             self._restores.append(wrap(linear[name], self._adapter_of(name, linear[name])))
+        self._unchanged = [own for name, own in linear.items() if name not in self._factors and not is_quantised(own)]
 
     def detach(self) -> None:
         """Put the model back as it was and forget the adapters."""
         for restore in self._restores:
             restore()
-        self._restores, self._factors, self.names = [], {}, ()
+        self._restores, self._factors, self.names, self._unchanged = [], {}, (), []
 
     @contextmanager
     def rows(self, index: Tensor | Sequence[int]) -> Iterator[None]:
@@ -128,7 +130,7 @@ class MultiLora:
     @contextmanager
     def weighted(self, experts: Tensor, weights: Tensor, factors: Mapping[str, Tensor] | None = None) -> Iterator[None]:
         """Run a batch of groups, equally many rows each and in order: group g with the sum over j of weights[g, j]
-        times adapter experts[g, j]. Gradients flow into weights and factors, and into the layers' inputs.
+        times adapter experts[g, j]. Gradients flow into weights and factors and the layers' inputs, not into the base.
 
         experts: int64 (groups, k), -1 is nobody. weights: floating (groups, k). factors: by module, a 0-d tensor that
         multiplies the weights there. Raises ModelError if shapes differ, an expert or a module is not loaded, or a
@@ -140,7 +142,7 @@ class MultiLora:
             name: WeightedLayer(own.A, own.Bt, mixtures[own.A.device].times((factors or {}).get(name)))
             for name, own in self._factors.items()
         }
-        with self._activated(active):
+        with self._activated(active), frozen(self._unchanged):
             yield
 
     def _is_cheaper_apart(self, unique: int, most: int, used: int) -> bool:

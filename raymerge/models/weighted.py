@@ -7,7 +7,8 @@ layer at a time, and again in the backward pass, so that memory grows with neith
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor
 
 from raymerge.errors import ModelError
-from raymerge.models.layers import Forward
-from raymerge.models.products import frozen_product
+from raymerge.models.layers import Forward, frozen_weight, wrap
+from raymerge.models.products import frozen_layer, frozen_product
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +99,17 @@ def place_mixture(
     named = weights.masked_fill((experts < 0).to(weights.device), 0)
     index = experts.clamp_min(0).flatten()
     return {device: Mixture(index.to(device), named.to(device)) for device in devices}
+
+
+@contextmanager
+def frozen(layers: Iterable[Any]) -> Iterator[None]:
+    """Let linear layers that no adapter changes compute the gradient of their input alone."""
+    restores = [wrap(layer, frozen_layer(frozen_weight(layer), layer.bias)) for layer in layers]
+    try:
+        yield
+    finally:
+        for restore in restores:
+            restore()
 
 
 def check_factors(factors: Mapping[str, Tensor], modules: Mapping[str, Any]) -> None:

@@ -222,13 +222,14 @@ def test_only_what_learns_has_a_gradient(base: BaseModel, varied: list[LoraAdapt
     before = {name: parameter.clone() for name, parameter in base.model.named_parameters()}
     factors = [t.clone() for own in lora._factors.values() for t in (own.A, own.Bt)]
     for parameter in base.model.parameters():
-        parameter.requires_grad_(True)  # whoever forgot to freeze the base still pays nothing for its adapted layers
+        parameter.requires_grad_(True)  # whoever forgot to freeze the base pays nothing for its linear layers
     with lora.weighted(EXPERTS, weights):
         loss_of(base.model(input_ids=IDS).logits).backward()
-    adapted = {f"{name}.weight" for name in lora.module_names}
+    linear = {f"{name}.weight" for name in linear_modules(base.model)}
     for name, parameter in base.model.named_parameters():
-        assert name not in adapted or parameter.grad is None, name
+        assert name not in linear or parameter.grad is None, name
         assert torch.equal(parameter, before[name])
+    assert "forward" not in base.model.lm_head.__dict__  # no adapter changes it, and it is itself again
     kept = [t for own in lora._factors.values() for t in (own.A, own.Bt)]
     assert all(t.grad is None and not t.requires_grad for t in kept)
     assert all(torch.equal(a, b) for a, b in zip(kept, factors, strict=True))

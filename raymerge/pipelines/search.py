@@ -31,10 +31,10 @@ from raymerge.pipelines.searching.scorer import RecipeScorer, order_of, subset_s
 from raymerge.routing.named import experts_in
 from raymerge.routing.strategies import STRATEGIES
 from raymerge.runtime.bases import base_digest
+from raymerge.runtime.broker import CarryOut
 from raymerge.runtime.connection import connected
-from raymerge.runtime.held import HeldWorkers
 from raymerge.runtime.kinds import WorkerKind
-from raymerge.runtime.tune import search_here, search_on_ray
+from raymerge.runtime.tune import Then, search_here, search_on_ray
 from raymerge.search.space import Space, parse_space
 from raymerge.search.study import Study
 
@@ -86,14 +86,16 @@ def pursue(opened: Opened, aim: Aim, *, restart: bool, local: bool) -> tuple[Cho
 
 def find(sought: Sought, *, local: bool) -> Chosen:
     """Search, choose, and write what was found, so far without test scores."""
-    with nullcontext() if local else connected():
-        run_trials(sought, local=local)
+    found: list[Chosen] = []
+
+    def conclude(carry_out: CarryOut) -> None:
         chosen = choose(sought.scorer, sought.study)
         write_results(sought.scorer, sought.study, chosen)
-        with HeldWorkers(sought.kinds, local=local, **pool_options(sought.scorer.opened.project)) as held:
-            chosen = score_at_ranks(sought.scorer, chosen, held.carry_out)
-        write_results(sought.scorer, sought.study, chosen)
-    return chosen
+        found.append(score_at_ranks(sought.scorer, chosen, carry_out))
+        write_results(sought.scorer, sought.study, found[0])
+
+    run_trials(sought, conclude, local=local)
+    return found[0]
 
 
 def with_settings(
@@ -249,19 +251,25 @@ def _content(place: str, name: str) -> str:
     return (content_digest(place) if storage.is_uri(place) else None) or adapter_digest(place, name)
 
 
-def run_trials(sought: Sought, *, local: bool) -> None:
-    """Carry out trials until the budget is spent."""
+def run_trials(sought: Sought, then: Then, *, local: bool) -> None:
+    """Carry out trials until the budget is spent. then: comes after the last, with the workers that were held."""
     search, study = sought.search, sought.study
     may_go_on = budget(search, study)
     total = search.trials if search.sampler != "grid" else min(search.trials, len(sought.scorer.space.grid()))
-    title = sought.scorer.aim.title
-    with Live(search, lambda: study.best, title=title, total=total, finished_before=study.finished) as live:
+    title, told = sought.scorer.aim.title, sought.scorer.space.told
+    with Live(search, lambda: study.best, title=title, total=total, finished_before=study.finished, told=told) as live:
+
+        def conclude(carry_out: CarryOut) -> None:
+            if search.ranks:
+                live.say(f"{study.finished} trials; the winner is scored at rank {', '.join(map(str, search.ranks))}")
+            then(carry_out)
+
         if local:
-            search_here(study, sought.scorer, sought.kinds, may_go_on=may_go_on, watch=live)
+            search_here(study, sought.scorer, sought.kinds, may_go_on=may_go_on, watch=live, then=conclude)
             return
         search_on_ray(
             study, sought.scorer, sought.kinds, concurrency=search.concurrency, may_go_on=may_go_on, watch=live,
-            **pool_options(sought.scorer.opened.project),
+            then=conclude, **pool_options(sought.scorer.opened.project),
         )  # fmt: skip
 
 

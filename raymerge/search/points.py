@@ -93,6 +93,20 @@ class Space:
         )
         return {key: value for key, value in recipe.items() if key not in foreign}
 
+    def told(self, values: Values) -> dict[str, Any]:
+        """Values as a person reads them: the weight of an expert, by its name, for the number that it is made from."""
+        names = {one.name for one in self.parameters}
+        found: dict[str, Any] = {}
+        weights = self._weights(values)
+        for one in self.parameters:
+            if one.path[0] != "weights" and one.name in values:
+                found[one.name] = values[one.name]
+            elif one.name in values:
+                short = ".".join(one.path[1:])
+                row = weights[one.path[1]] if len(one.path) == 3 else weights
+                found[one.name if short in names else short] = row[one.path[-1]]
+        return found
+
     def tried(self, what: Literal["strategy", "method"]) -> list[str]:
         """Strategies or methods that the search tries, and that of the base."""
         searched = [value for one in self.parameters if one.name == what for value in one.choices]

@@ -303,6 +303,18 @@ def test_from_the_project_file_to_a_recipe_that_merges(with_unified, capsys):
     }  # fmt: skip
 
 
+def test_trials_and_ranks_are_scored_by_one_worker(project, monkeypatch, capsys):
+    made = []
+    init = ModelWorker.__init__
+    monkeypatch.setattr(ModelWorker, "__init__", lambda self, *a, **k: made.append(self) or init(self, *a, **k))
+    recipe = {"strategy": "cluster_average", "rank": "exact"}
+    change(project, search={"recipe": recipe, "space": {"scale": {"min": 0.5, "max": 2.0}}, "smallest": 4})
+    chosen = found(project, trials=3, ranks=[1, 2, "exact"])
+    assert [one["rank"] for one in chosen.summary.ranks] == [1, 2, "exact"]
+    assert len(made) == 1
+    assert "search: 3 trials; the winner is scored at rank 1, 2, exact\n" in capsys.readouterr().err
+
+
 def test_the_same_command_again_computes_nothing(with_unified, capsys):
     project, folder = with_unified, folder_of(with_unified)
     assert search(project, settings={"trials": 2}, local=True) == 0

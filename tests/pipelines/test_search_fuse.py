@@ -47,6 +47,8 @@ def test_weights_on_the_simplex_and_the_command_that_fuses_with_them(here, capsy
     assert sum(written["weights"].values()) == pytest.approx(1)
     assert summary.similarity == max(trial.last.values["similarity"] for trial in trials)
     assert summary.test is None
+    weights = ", ".join(f"{name} {weight:.3g}" for name, weight in written["weights"].items())
+    assert f"Winner: trial {summary.winner}, {weights}" in out  # and not the numbers that they are made from
     command = next(line for line in out.splitlines() if line.startswith("raymerge fuse "))
     words = shlex.split(command.replace("--out DIR", "--out fused"))
     with pytest.raises(SystemExit) as end:

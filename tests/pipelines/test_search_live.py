@@ -93,6 +93,18 @@ def test_the_table_fits_into_eighty_columns():
     assert all(line.endswith("…") for line in lines[2:])  # a recipe that is longer is cut, never wrapped
 
 
+def test_what_is_shown_of_a_point_is_what_it_means():
+    for stream in (io.StringIO(), Terminal()):
+        told = Told(stream, trials=60)
+        told.live = Live(Search(), told.best, told=lambda values: {"twice": 2 * values["k"]}, stream=stream)
+        with told.live as live:
+            told.run(2, 70.0)
+            console = Console(file=io.StringIO(), width=80, record=True)
+            console.print(live.get_renderable())
+        assert "twice 28" in console.export_text()
+        assert "over 200 personas: twice 28; " in stream.getvalue() or stream.isatty()
+
+
 def test_a_terminal_is_left_with_one_line():
     stream = Terminal()
     told = Told(stream, trials=4)

@@ -204,6 +204,28 @@ def test_weights_on_the_simplex_are_never_negative_and_sum_to_one(numbers):
     assert math.isclose(sum(weights), 1)
 
 
+@pytest.mark.parametrize(
+    ("weights", "names"),
+    [
+        ({"experts": ["a", "b", "scale"]}, ["scale", "a", "b", "weights.scale"]),
+        ({"experts": ["a", "b"], "min": -1, "max": 1}, ["scale", "a", "b"]),
+        ({"experts": ["a", "b"], "per": "persona"}, ["scale", "ann.a", "ann.b", "bob.a", "bob.b"]),
+    ],
+)
+def test_a_point_is_told_with_the_weights_that_are_merged(weights, names):
+    section = {"scale": {"min": 0.5, "max": 2.0}, "weights": weights}
+    search = Search(recipe={"strategy": "named", "rank": "exact"}, space=section)
+    space = parse_space(search, {}, "x", validation={"ann": 60, "bob": 60}, centred=True)
+    values = {one.name: 0.1 * (number + 3) for number, one in enumerate(space.parameters)}
+    told = space.told(values)
+    assert list(told) == names
+    assert told["scale"] == values["scale"]
+    merged = space.written(values)["weights"]
+    rows = merged if "per" in weights else {"": merged}
+    expected = [weight for row in rows.values() for weight in row.values()]
+    assert list(told.values())[1:] == expected
+
+
 def test_weights_on_the_simplex_are_uniform_on_it():
     weights = np.array([on_simplex(u) for u in np.random.default_rng(0).uniform(1e-6, 1, (4000, 3))])
     for column in weights.T:  # of a uniform point of the simplex of three, each weight is Beta(1, 2)

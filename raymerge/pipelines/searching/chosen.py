@@ -25,9 +25,11 @@ from raymerge.search.study import Study
 
 @dataclass(frozen=True)
 class Chosen:
-    """The trial that is taken, its recipe as one writes it, and what is known of the search."""
+    """The trial that is taken, its values as a person reads them, its recipe as one writes it, and what is known of
+    the search."""
 
     trial: Trial
+    told: Mapping[str, Any]
     written: Mapping[str, Any]
     summary: Summary
     scores: Scores
@@ -66,7 +68,9 @@ def choose(scorer: RecipeScorer, study: Study) -> Chosen:
         notes=_failures(study),
     )
     numbers = tuple(trial.number for trial in complete)
-    return Chosen(taken, space.written(taken.values), summary, Scores(numbers, scorer.names, values))
+    return Chosen(
+        taken, space.told(taken.values), space.written(taken.values), summary, Scores(numbers, scorer.names, values)
+    )
 
 
 def score_at_ranks(scorer: RecipeScorer, chosen: Chosen, carry_out: CarryOut) -> Chosen:
@@ -138,7 +142,7 @@ def lines_of(chosen: Chosen, aim: Aim) -> list[str]:
         f"; of it about {summary.optimism:.2f} points are the luck of the best of {summary.budget['complete']}"
     )  # fmt: skip
     lines = [
-        f"Winner: trial {summary.winner}, {said(chosen.trial.values)}",
+        f"Winner: trial {summary.winner}, {said(chosen.told)}",
         f"Validation similarity {summary.similarity:.2f} over {len(chosen.scores.personas)} personas{worth}.",
     ]
     if summary.winner != summary.best:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from raymerge.config import Search
 from raymerge.evaluation.search_panel import said
@@ -24,7 +24,8 @@ class Live:
     """Told of each trial as it begins, reports and ends; a context manager.
 
     begun_before: trials that an earlier call of the same search had finished, which count and cost no time now.
-    total: trials there are to be, by the search unless given. clock: seconds, monotonic.
+    total: trials there are to be, by the search unless given. told: the values of a point as a person reads them.
+    clock: seconds, monotonic.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Live:
         title: str = "search",
         total: int | None = None,
         finished_before: int = 0,
+        told: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -43,6 +45,7 @@ class Live:
         self._best = best
         self._total = search.trials if total is None else total
         self._before = finished_before
+        self._told = told
         self._stream = stream if stream is not None else sys.stderr
         self._clock = clock
         self._started = clock()
@@ -86,7 +89,7 @@ class Live:
         self._trials[trial.number] = trial
         self._ended += 1
         if self._live is None:
-            self.say(f"{trial_text(trial)}; {self.status()}")
+            self.say(f"{trial_text(trial, self._told(trial.values))}; {self.status()}")
 
     def say(self, text: str) -> None:
         """A line of its own: a worker that was lost, an item that is tried again."""
@@ -127,7 +130,9 @@ class Live:
         rows = [*([best] if best is not None and best.number not in {t.number for t in recent} else []), *recent]
         for trial in rows:
             is_best = best is not None and trial.number == best.number
-            table.add_row(str(trial.number), *figures_text(trial), said(trial.values), style="bold" if is_best else "")
+            table.add_row(
+                str(trial.number), *figures_text(trial), said(self._told(trial.values)), style="bold" if is_best else ""
+            )
         return Group(Text(f"{self._title}: {self.status()}", style="bold", no_wrap=True, overflow="ellipsis"), table)
 
 
@@ -139,9 +144,9 @@ def figures_text(trial: Trial) -> tuple[str, str]:
     return f"{trial.last.values['similarity']:.2f}{note}", str(trial.last.personas)
 
 
-def trial_text(trial: Trial) -> str:
-    """A trial in a line: 'trial 12: 71.28 of 200 personas: strategy top_k, k 14, scale 1.31'."""
+def trial_text(trial: Trial, values: Mapping[str, Any]) -> str:
+    """A trial in a line: 'trial 12: 71.28 over 200 personas: strategy top_k, k 14, scale 1.31'. values: as told."""
     if trial.state == "failed" or trial.last is None:
         return f"trial {trial.number} failed: {(trial.error or 'no reason given').splitlines()[0]}"
     similarity, personas = figures_text(trial)
-    return f"trial {trial.number}: {similarity} over {personas} personas: {said(trial.values)}"
+    return f"trial {trial.number}: {similarity} over {personas} personas: {said(values)}"

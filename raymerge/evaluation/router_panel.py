@@ -126,6 +126,7 @@ def context(learned: Learned, comparison: Comparison) -> dict[str, Any]:
         "seen": len(seen),
         "unseen": len(unseen),
         "shape": learned.shape,
+        "candidates": int(learned.nearest.max(initial=-1)) + 1,
         "trained_on": len(learned.trained_on),
         "left_out": len(learned.held_out),
         "nobody": int((~learned.learned.routed).sum()),

@@ -16,7 +16,7 @@ from raymerge.routing.lines import Rows
 from raymerge.routing.neighbours import Share, complete, note_short
 from raymerge.routing.router import Candidates, Router, allow, choose, find_candidates, scores
 
-BLOCK = 256  # personas whose candidates' embeddings are held at a time: 25 MB of 64 with 384 numbers
+BLOCK = 64  # personas whose candidates' embeddings are held at a time: 6 MB of 64 with 384 numbers
 
 
 def learned_router(parameters: Mapping[str, Any], inputs: RoutingInputs) -> tuple[Rows, list[str]]:
@@ -47,14 +47,14 @@ def learned_scores(router: Router, space: Space, found: Candidates) -> NDArray[n
     position = {name: i for i, name in enumerate(router.shape.experts)}
     columns = torch.tensor([position.get(name, -1) for name in space.experts], dtype=torch.int64)
     keys = torch.from_numpy(space.keys)
-    blocks = [np.zeros((0, found.experts.shape[1]), dtype=np.float32)]
+    said = np.zeros(found.experts.shape, dtype=np.float32)  # at once: what is kept between blocks would split the heap
     with torch.no_grad():
         for start in range(0, len(space.personas), BLOCK):
             part = slice(start, start + BLOCK)
             parts = (space.queries[part], found.experts[part], found.near[part], found.same[part])
             queries, experts, near, same = (torch.from_numpy(one) for one in parts)
-            blocks.append(scores(router.network, queries, keys, experts, near, same, columns=columns).numpy())
-    return np.concatenate(blocks)
+            said[part] = scores(router.network, queries, keys, experts, near, same, columns=columns).numpy()
+    return said
 
 
 def _shares(

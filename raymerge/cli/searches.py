@@ -17,7 +17,7 @@ def search(
         list[str], typer.Argument(metavar="PROJECT", help="Project file; with --fuse the adapters, or NAME=FOLDER.")
     ],
     trials: Annotated[int | None, typer.Option(min=1, metavar="N", help="Recipes to try; else the project's.")] = None,
-    minutes: Annotated[float | None, typer.Option(min=0, metavar="M", help="Begin no trial after so long.")] = None,
+    minutes: Annotated[float | None, typer.Option(metavar="M", help="Begin no trial after so long.")] = None,
     evaluations: Annotated[int | None, typer.Option(min=1, metavar="N", help="Nor after so many answers.")] = None,
     sampler: Annotated[str | None, option("--sampler", "NAME", "tpe, cmaes, random or grid.")] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Of the sampler and the subsets.")] = None,

@@ -1,5 +1,6 @@
 """`ray job submit` on a real `ray start --head`, with tokens on and a dashboard on the loopback interface."""
 
+import json
 import os
 import socket
 import subprocess
@@ -7,7 +8,9 @@ import sys
 from pathlib import Path
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from tests.e2e.conftest import ENVIRONMENT, wait_for
 
@@ -89,6 +92,16 @@ def test_jobs_run_by_submission(head, fresh_world, quick_demo):
     run = submit(head, "jobs/run.py", project, "--recipe", "base", "--recipe", "unified")
     assert run.returncode == 0, run.stdout + run.stderr
     assert (fresh_world / "runs/unified/evaluation/summary.json").exists()
+    told = yaml.safe_load(project.read_text())
+    told["search"] = {"space": {"k": {"min": 2, "max": 5}}, "recipe": "sparse_moe_k5", "smallest": 6, "ranks": [8]}
+    project.write_text(yaml.safe_dump(told))
+    searched = submit(head, "jobs/search.py", project, "--trials", "3")
+    assert searched.returncode == 0, searched.stdout + searched.stderr
+    trials = pq.read_table(fresh_world / "runs/search/trials.parquet").to_pylist()
+    assert [row["number"] for row in trials] == [0, 1, 2]
+    rows = {row["name"] for row in json.loads((fresh_world / "runs/comparison.json").read_text())["rows"]}
+    assert {"searched", "searched_random_k", "searched_unified"} <= rows
+    assert yaml.safe_load((fresh_world / "runs/search/best_recipe.yaml").read_text())
     refused = submit(head, "jobs/merge.py", fresh_world / "absent.yaml")
     assert refused.returncode != 0
     assert "there is no such project file" in refused.stdout + refused.stderr

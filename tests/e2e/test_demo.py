@@ -6,7 +6,9 @@ import shutil
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
+from raymerge.cli import main
 from tests.e2e.conftest import compared_files, kill_with_children, raymerge, start, wait_for
 
 pytestmark = pytest.mark.e2e
@@ -57,6 +59,10 @@ def test_the_same_command_again_computes_nothing(quick_demo):
 
 
 def test_killed_in_the_middle_ends_with_the_same_bytes(quick_demo, fresh_world, tmp_path):
+    """With a part of the demo's recipes, from the training of the personas to the scores."""
+    project = yaml.safe_load((fresh_world / "raymerge.yaml").read_text())
+    project["recipes"] = {name: project["recipes"][name] for name in ("base", "sparse_moe_k5", "shuffled")}
+    (fresh_world / "raymerge.yaml").write_text(yaml.safe_dump(project))
     process = start("run", fresh_world / "raymerge.yaml", log=tmp_path / "log")
     merged = fresh_world / "runs/sparse_moe_k5/adapters"
 
@@ -76,7 +82,10 @@ def test_killed_in_the_middle_ends_with_the_same_bytes(quick_demo, fresh_world, 
     assert done.returncode == 0, done.stderr
     assert {p: p.stat().st_mtime_ns for p in finished} == finished
     undisturbed, resumed = compared_files(quick_demo), compared_files(fresh_world)
-    assert [name for name in undisturbed if resumed.get(name) != undisturbed[name]] == []
+    made = ("adapters/", "runs/_shared/embeddings/", "runs/_shared/clusters/",
+            *(f"runs/{name}/" for name in project["recipes"]))  # fmt: skip
+    assert {name.partition("/")[0] for name in resumed} >= {"adapters", "runs"}
+    assert [n for n in undisturbed if n.startswith(made) and resumed.get(n) != undisturbed[n]] == []
 
 
 def test_local_gives_the_same_bytes_as_ray(quick_demo, tmp_path):
@@ -116,9 +125,7 @@ def test_one_bad_adapter_fails_the_personas_that_need_it(quick_demo, tmp_path):
         ({"output": "raymerge.yaml/below"}, "cannot be written"),
     ],
 )
-def test_bad_input_is_refused_before_any_work(quick_demo, tmp_path, change, message):
-    import yaml
-
+def test_bad_input_is_refused_before_any_work(quick_demo, tmp_path, capsys, change, message):
     folder = tmp_path / "bad"
     shutil.copytree(quick_demo, folder, ignore=shutil.ignore_patterns("runs"))
     (folder / "strangers.json").write_text(json.dumps({"nobody_we_know": "cluster_00"}))
@@ -126,16 +133,18 @@ def test_bad_input_is_refused_before_any_work(quick_demo, tmp_path, change, mess
     if "recipes" not in change:
         project["recipes"] = {"x": {"strategy": "sparse_moe", "k": 2}}
     (folder / "raymerge.yaml").write_text(yaml.safe_dump({**project, **change}))
-    done = raymerge("run", folder / "raymerge.yaml", "--local")
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    with pytest.raises(SystemExit) as end:  # what a process says and ends with is seen where jobs are refused
+        main(["run", str(folder / "raymerge.yaml"), "--local"])
+    said = capsys.readouterr().err
+    assert end.value.code == 2, said
+    assert message in said
+    assert "Traceback" not in said
     assert not list(folder.rglob("runs/*/adapters/*"))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_where_neighbours_share_nothing_the_report_finds_no_gain(tmp_path, seed):
-    done = raymerge("demo", "--quick", "--relatedness", "0", "--seed", str(seed), "--out", tmp_path)
+    done = raymerge("demo", "--quick", "--relatedness", "0", "--seed", str(seed), "--out", tmp_path, "--local")
     assert done.returncode == 0, done.stdout + done.stderr
     verdict = json.loads((tmp_path / "runs/comparison.json").read_text())["verdict"]
     assert not re.search(r"gains [0-9.]+ points", verdict["headline"]), verdict

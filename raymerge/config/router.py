@@ -24,7 +24,7 @@ class Router(Section):
     candidates: int = Field(default=64, ge=1)  # experts of a persona that are looked at, the most similar
     k: int = Field(default=16, ge=1)  # of these, the most that contribute
     scope: Literal["all", "cluster"] = "all"  # whose adapters may be candidates
-    weighting: Literal["entmax", "softmax"] = "entmax"
+    weighting: Literal["softmax", "entmax"] = "softmax"
     max_in_degree: int | None = Field(default=None, ge=1)  # personas that one expert may serve
     epochs: int = Field(default=5, ge=1)
     learning_rate: float = Field(default=1e-2, gt=0)

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from raymerge.errors import RoutingError
 
 Network = Literal["bilinear", "mlp"]
-Weighting = Literal["entmax", "softmax"]
+Weighting = Literal["softmax", "entmax"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class RouterShape:
     candidates: int = 64
     k: int = 16
     scope: Literal["all", "cluster"] = "all"
-    weighting: Weighting = "entmax"
+    weighting: Weighting = "softmax"
     max_in_degree: int | None = None
 
     def __post_init__(self) -> None:

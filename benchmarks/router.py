@@ -183,7 +183,7 @@ class Figures:
         }
         found = {}
         for name, (candidates, fits) in ways.items():
-            found[name] = self._way(first, candidates, fits, each)
+            found[name] = self._way(first, everybody, candidates, fits, each)
         return {"bytes of an expert": each, **found}
 
     def parallel(self) -> dict[str, Any]:
@@ -211,10 +211,11 @@ class Figures:
             "rows a second of one worker": self._rows(learned) / learned.seconds,
         }
 
-    def _way(self, first: Learned, candidates: int, room: int | None, each: int) -> dict[str, Any]:
-        """A router trained so, scored on test examples as the first one was tuned."""
-        learned = first
-        if room is not None or candidates != first.record["settings"]["candidates"]:
+    def _way(self, first: Learned, everybody: int, candidates: int, room: int | None, each: int) -> dict[str, Any]:
+        """A router trained so, scored on test examples as the first one was tuned. everybody: how many experts there
+        are, of `each` bytes."""
+        learned, usual = first, int(first.record["shape"]["candidates"])
+        if room is not None or candidates != min(usual, everybody):
             name = f"candidates_{candidates}" + ("" if room is None else f"_room_{room}")
             memory = {} if room is None else {"experts_memory": str(room * each)}
             learned = self.bench.trained(name, {"candidates": candidates, **memory}, first.recipe)

@@ -142,7 +142,7 @@ class RouterRecorder:
         shown = GroupProgress(
             progress.step, progress.steps, progress.epoch, progress.loss, progress.validation, done=False
         )  # fmt: skip
-        self._progress.stepped({"router": shown}, tokens)
+        self._progress.stepped({"network": shown}, tokens)
 
     def said(self, text: str) -> None:
         """See RouterWatch."""

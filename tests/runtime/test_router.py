@@ -267,8 +267,8 @@ def test_people_see_how_far_it_is(world, worker, monkeypatch):
     run_stopped(task, worker, 1, monkeypatch)
     [line] = live.lines(["router"])
     loss = record_of_progress(task)["loss"]
-    assert line.startswith(f"router: step 1/{STEPS}, loss {loss:.4f}")
+    assert line.startswith(f"network: step 1/{STEPS}, loss {loss:.4f}")
 
 
 def record_of_progress(task):
-    return json.loads(Path(task.folder, "progress.json").read_text())["groups"]["router"]
+    return json.loads(Path(task.folder, "progress.json").read_text())["groups"]["network"]

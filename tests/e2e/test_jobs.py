@@ -73,6 +73,10 @@ def submit(head, *command):
 
 def test_jobs_run_by_submission(head, fresh_world, quick_demo):
     project = fresh_world / "raymerge.yaml"
+    told = yaml.safe_load(project.read_text())
+    told["hardware"] = {"max_model_workers": 1, "max_merge_workers": 1}  # each takes long to start
+    told["search"] = {"space": {"k": {"min": 2, "max": 5}}, "recipe": "sparse_moe_k5", "smallest": 6, "ranks": [8]}
+    project.write_text(yaml.safe_dump(told))
     os.symlink(quick_demo / "adapters", fresh_world / "adapters")
     merged = submit(head, "jobs/merge.py", project, "--recipe", "sparse_moe_k5")
     assert merged.returncode == 0, merged.stdout + merged.stderr
@@ -92,9 +96,6 @@ def test_jobs_run_by_submission(head, fresh_world, quick_demo):
     run = submit(head, "jobs/run.py", project, "--recipe", "base", "--recipe", "unified")
     assert run.returncode == 0, run.stdout + run.stderr
     assert (fresh_world / "runs/unified/evaluation/summary.json").exists()
-    told = yaml.safe_load(project.read_text())
-    told["search"] = {"space": {"k": {"min": 2, "max": 5}}, "recipe": "sparse_moe_k5", "smallest": 6, "ranks": [8]}
-    project.write_text(yaml.safe_dump(told))
     searched = submit(head, "jobs/search.py", project, "--trials", "3")
     assert searched.returncode == 0, searched.stdout + searched.stderr
     trials = pq.read_table(fresh_world / "runs/search/trials.parquet").to_pylist()

@@ -1,4 +1,4 @@
-"""`raymerge router` in real processes on Ray: its driver killed twice, gone on with, and submitted as a job."""
+"""`raymerge router` in real processes: its driver killed twice, gone on with on Ray, and asked again as a job is."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tests.e2e.conftest import ENVIRONMENT, WORLD, kill_with_children, raymerge,
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]
-TRIALS = 6
+TRIALS = 3
 RUNS = {"learned_router", "learned_router_random_k", "learned_router_unified"}
 
 
@@ -63,12 +63,12 @@ def made(project: Path) -> dict[str, bytes]:
 def test_killed_while_it_trains_and_while_it_is_tuned_it_ends_as_an_undisturbed_one(quick_demo, tmp_path):
     project, log = world_in(tmp_path / "killed", quick_demo), tmp_path / "log"
     folder = project.parent / "runs/router"
-    first = start("router", project, log=log)
+    first = start("router", project, "--local", log=log)
     until(first, log, folder, "checkpoint-1/*", 1)  # so the other is whole
     kill_with_children(first)
     assert not (folder / "router.safetensors").exists()
     second = start("router", project, log=log)
-    until(second, log, folder, "tuning/evaluations/*/similarity.parquet", 2)
+    until(second, log, folder, "tuning/evaluations/*/similarity.parquet", 1)
     assert "goes on from its checkpoint" in log.read_text()
     kill_with_children(second)
     trained = (folder / "manifest.json").stat().st_mtime_ns
@@ -82,9 +82,9 @@ def test_killed_while_it_trains_and_while_it_is_tuned_it_ends_as_an_undisturbed_
     assert trials_of(project) == trials_of(undisturbed)
     assert made(project) == made(undisturbed)
     assert len(trials_of(project)) == TRIALS
-    # submitted as a job, there is nothing left to do
+    # again, by the script that is submitted as a job: there is nothing left to do
     before = {place: place.stat().st_mtime_ns for place in (project.parent / "runs").rglob("manifest.json")}
-    command = [sys.executable, ROOT / "jobs/router.py", project]
+    command = [sys.executable, ROOT / "jobs/router.py", project, "--local"]
     job = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
     assert job.returncode == 0, job.stdout + job.stderr
     assert {place: place.stat().st_mtime_ns for place in before} == before

@@ -22,7 +22,7 @@ class Router(Section):
     hidden: int = Field(default=128, ge=1)  # of the mlp
     temperature: float = Field(default=0.1, gt=0)  # of the similarity in the bilinear score
     candidates: int = Field(default=64, ge=1)  # experts of a persona that are looked at, the most similar
-    k: int = Field(default=16, ge=1)  # of these, the most that contribute
+    k: int = Field(default=24, ge=1)  # of these, the most that contribute
     scope: Literal["all", "cluster"] = "all"  # whose adapters may be candidates
     weighting: Literal["softmax", "entmax"] = "softmax"
     max_in_degree: int | None = Field(default=None, ge=1)  # personas that one expert may serve

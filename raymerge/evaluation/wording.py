@@ -35,7 +35,7 @@ def signed(value: float | None, digits: int = 1) -> str:
 
 def percent(share: float | None) -> str:
     """A share from 0 to 1 in percent."""
-    return UNKNOWN if share is None or not math.isfinite(share) else f"{100 * share:.0f} %"
+    return UNKNOWN if share is None or not math.isfinite(share) else f"{round(100 * share)} %"
 
 
 def p_value(p: float | None) -> str:

@@ -30,7 +30,7 @@ class RouterShape:
     experts: tuple[str, ...] = ()
     temperature: float = 0.1
     candidates: int = 64
-    k: int = 16
+    k: int = 24
     scope: Literal["all", "cluster"] = "all"
     weighting: Weighting = "softmax"
     max_in_degree: int | None = None

@@ -62,7 +62,7 @@ def make_inputs(people=24, clusters=2, held_out=3, hostile="", dimensions=8) -> 
 def write_router(root: Path, inputs: RoutingInputs, spread=0.3, told=None, notes=(), **shape) -> tuple[str, str]:
     """A router and its run as training and merging write them. Returns the two folders."""
     folder, run_folder = str(root / "router"), str(root / RUN)
-    router = drawn_router(inputs, 0, spread, **{"candidates": 12, "k": 5, **shape})
+    router = drawn_router(inputs, 0, spread, **{"candidates": 12, "k": 5, "weighting": "entmax", **shape})
     space, _ = make_space(dataclasses.replace(inputs, mean=router.mean), centred=True)
     files = encode_router(router)
     held_out = sorted(set(inputs.personas) - set(inputs.experts))

@@ -29,7 +29,7 @@ NAMES = tuple(ROWS)
 STEPS = 3 * (3 + 3 + 2)  # of three epochs, two personas with two rows at a time: one round has four personas left
 TINY = {
     "epochs": 3, "k": 2, "candidates": 3, "rank": 4, "personas_per_step": 2, "rows_per_persona": 2,
-    "learning_rate": 0.1, "checkpoint_every": 0,
+    "learning_rate": 0.1, "checkpoint_every": 0, "weighting": "entmax",
 }  # fmt: skip
 
 

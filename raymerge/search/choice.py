@@ -111,17 +111,18 @@ def pareto_front(values: NDArray[np.float64], larger: Sequence[bool]) -> list[in
 
 
 def importances(trials: Sequence[Trial], space: Space) -> dict[str, float]:
-    """The share of the variance of complete trials' scores that each parameter accounts for by itself, largest first.
+    """The share of the variance of trials' scores that each parameter accounts for by itself, largest first.
 
-    fANOVA (Hutter, Hoos and Leyton-Brown 2014) over the score less its penalty. The shares of parameters without
-    condition sum to 1. A conditional one is judged among the trials that have it, beside all other parameters that
-    these have. Left out are those with fewer than 10 such trials, or with trials that all score the same.
+    Scores are those on the first rung, the same personas for all trials: few of them come to everybody where poor ones
+    stop early. fANOVA (Hutter, Hoos and Leyton-Brown 2014) over the score less its penalty. The shares of parameters
+    without condition sum to 1. A conditional one is judged among the trials that have it, beside all other parameters
+    that these have. Left out are those with fewer than 10 such trials, or with trials that all score the same.
     """
-    complete = [trial for trial in trials if trial.state == "complete" and trial.last is not None]
-    found = _shares(complete, [parameter for parameter in space.parameters if not parameter.when])
+    scored = [trial for trial in trials if trial.state in ("complete", "stopped") and trial.rungs]
+    found = _shares(scored, [parameter for parameter in space.parameters if not parameter.when])
     judged: dict[tuple[int, ...], dict[str, float]] = {}
     for parameter in space.parameters:
-        having = [trial for trial in complete if parameter.name in trial.values]
+        having = [trial for trial in scored if parameter.name in trial.values]
         key = tuple(trial.number for trial in having)
         if parameter.when and having:
             if key not in judged:
@@ -132,8 +133,8 @@ def importances(trials: Sequence[Trial], space: Space) -> dict[str, float]:
 
 
 def _shares(trials: Sequence[Trial], parameters: Sequence[Parameter]) -> dict[str, float]:
-    scored = [trial.last.competes for trial in trials if trial.last]
-    if len(trials) < FEWEST or not parameters or np.ptp(scored) == 0:
+    scores = [trial.rungs[0].competes for trial in trials]
+    if len(trials) < FEWEST or not parameters or np.ptp(scores) == 0:
         return {}
     import optuna
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances
@@ -141,7 +142,7 @@ def _shares(trials: Sequence[Trial], parameters: Sequence[Parameter]) -> dict[st
     distributions = {parameter.name: _distribution(parameter) for parameter in parameters}
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # it speaks of every study made in memory
     study = optuna.create_study(direction="maximize")
-    for trial, value in zip(trials, scored, strict=True):
+    for trial, value in zip(trials, scores, strict=True):
         given = {parameter.name: _plain(parameter, trial.values[parameter.name]) for parameter in parameters}
         study.add_trial(optuna.trial.create_trial(value=value, params=given, distributions=distributions))
     shares = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0), params=list(distributions))

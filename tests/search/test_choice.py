@@ -225,10 +225,19 @@ def test_what_offsets_cost_counts_for_importances() -> None:
     assert found["k"] > 0.9
 
 
-def test_importances_need_enough_complete_trials_that_differ() -> None:
+def test_trials_that_were_stopped_early_say_what_matters_too() -> None:
+    trials = sampled(lambda values: values["k"], 40, lambda values: 0.0)
+    for one in trials[:4]:  # scored on everybody, where all came to the same
+        one.rungs.append(Figures(40, {"similarity": 70.0}))
+    for one in trials[4:]:
+        one.state = "stopped"
+    assert importances(trials, SPACE)["k"] > 0.9
+
+
+def test_importances_need_enough_trials_that_differ() -> None:
     trials = sampled(lambda values: values["k"], 40, lambda values: 0.0)
     for one in trials[9:]:
-        one.state = "stopped"
+        one.state, one.rungs = "failed", []
     assert importances(trials, SPACE) == {}
     assert importances(sampled(lambda values: 50.0, 40, lambda values: 0.0), SPACE) == {}
     few = [

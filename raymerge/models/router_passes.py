@@ -20,7 +20,7 @@ from raymerge.models.layers import compute_dtype, frozen_weight, is_quantised, l
 from raymerge.models.multilora import MultiLora
 from raymerge.models.products import frozen_layer
 from raymerge.models.router_rows import Shard
-from raymerge.models.training.memory import fitting
+from raymerge.models.training.memory import fitting_rows
 from raymerge.models.training.rows import Limits, Portion, Taken, plan, portion
 
 T = TypeVar("T")
@@ -161,15 +161,8 @@ class Passes:
 
     def _fitting(self, taken: Mapping[int, Taken], compute: Callable[[Limits], T], most: int | None) -> T:
         """compute at the limits of memory. most: rows of a persona at once, whatever memory allows."""
-
-        def bounded(limits: Limits) -> Limits:
-            return limits if most is None else replace(limits, rows=min(most, limits.rows or most))
-
-        def tried(limits: Limits) -> Limits:
-            passes = plan(taken, bounded(limits), self._base.device.type)
-            return Limits(max(len(rows) for parts in passes for _, rows in parts), max(len(parts) for parts in passes))
-
-        found, self.limits = fitting(lambda limits: compute(bounded(limits)), self.limits, tried, self._said)
+        kind = self._base.device.type
+        found, self.limits = fitting_rows(compute, self.limits, taken, kind, self._said, most=most)
         return found
 
     def _nats(self, part: Portion, places: Tensor, mixtures: Mixtures) -> Tensor:

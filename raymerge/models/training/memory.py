@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from raymerge.errors import ModelError
-from raymerge.models.training.rows import Limits
+from raymerge.models.training.rows import Limits, Taken, plan
 
 T = TypeVar("T")
 
@@ -96,6 +97,30 @@ def fitting(
             said(f"memory ran out at one row of {slots} adapters at once: {slots // 2} from now on, in turn")
         else:
             raise TooLittleMemoryError("one row of one adapter", reason)
+
+
+def fitting_rows(
+    compute: Callable[[Limits], T],
+    limits: Limits,
+    taken: Mapping[int, Taken],
+    kind: str,
+    said: Callable[[str], None],
+    *,
+    most: int | None = None,
+) -> tuple[T, Limits]:
+    """As `fitting`, of passes through the model that `plan` cuts at the limits.
+
+    kind: of device. most: rows of a slot at once, whatever memory allows.
+    """
+
+    def bounded(limits: Limits) -> Limits:
+        return limits if most is None else replace(limits, rows=min(most, limits.rows or most))
+
+    def tried(limits: Limits) -> Limits:
+        passes = plan(taken, bounded(limits), kind)
+        return Limits(max(len(rows) for parts in passes for _, rows in parts), max(len(parts) for parts in passes))
+
+    return fitting(lambda limits: compute(bounded(limits)), limits, tried, said)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -15,7 +14,7 @@ from raymerge.models.answers import AnswerHead
 from raymerge.models.base import BaseModel
 from raymerge.models.dropout import Dropout, row_keys
 from raymerge.models.stacked import FactorStack
-from raymerge.models.training.memory import fitting, recomputing
+from raymerge.models.training.memory import fitting_rows, recomputing
 from raymerge.models.training.rows import Limits, Portion, Taken, plan, portion
 from raymerge.models.training.settings import TrainingSettings
 
@@ -88,15 +87,8 @@ class Passes:
 
     def _fitting(self, taken: Mapping[int, Taken], compute: Callable[[Limits], T], most: int | None) -> T:
         """compute at the limits of memory. most: rows of an adapter at once, whatever memory allows."""
-
-        def bounded(limits: Limits) -> Limits:
-            return limits if most is None else replace(limits, rows=min(most, limits.rows or most))
-
-        def tried(limits: Limits) -> Limits:
-            passes = plan(taken, bounded(limits), self._base.device.type)
-            return Limits(max(len(rows) for parts in passes for _, rows in parts), max(len(parts) for parts in passes))
-
-        found, self.limits = fitting(lambda limits: compute(bounded(limits)), self.limits, tried, self._said)
+        kind = self._base.device.type
+        found, self.limits = fitting_rows(compute, self.limits, taken, kind, self._said, most=most)
         return found
 
     def _portions(self, taken: Mapping[int, Taken], limits: Limits) -> Iterator[Portion]:

@@ -18,11 +18,11 @@ from raymerge.runtime.progress import Progress
 from raymerge.runtime.scheduler import Item
 from raymerge.runtime.training_progress import LiveTrainings
 from raymerge.runtime.workers import ModelWorker
-from tests.runtime import router_items
+from tests.runtime import router_items, training_items
 from tests.runtime.router_items import STEPS, RouterGate, digests, make_task, write_world
 from tests.runtime.training_items import build_gate, kill_at_gate
 
-for module in (sys.modules[__name__], router_items):
+for module in (sys.modules[__name__], router_items, training_items):
     ray.cloudpickle.register_pickle_by_value(module)  # workers cannot import these files
 
 

@@ -1,7 +1,7 @@
 """A model worker on a tiny base, personas that ask and answer, and adapters that change what is answered."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,15 @@ from raymerge.runtime.workers import ModelWorker
 
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 NAMES = ("ada", "bob", "cyd")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Bytes depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

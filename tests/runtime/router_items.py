@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from raymerge.runtime import router
 from raymerge.runtime.router import RouterRecorder
 from raymerge.runtime.tasks import RouterTask
 from raymerge.runtime.workers import ModelWorker
+from tests.runtime.training_items import Gated
 
 ROWS = {"ada": 5, "bob": 4, "cyd": 6, "dot": 5, "eva": 3, "fay": 5}
 NAMES = tuple(ROWS)
@@ -116,20 +116,5 @@ def run_stopped(task: RouterTask, worker: ModelWorker, step: int, monkeypatch: p
             worker.train_router(task)
 
 
-class RouterGate(RouterRecorder):
-    """Wants a checkpoint at every third step. At the eighth it tells its process id and blocks until it is killed;
-    once it was, whoever goes on passes."""
-
-    folder = ""
-    seen = 0
-
-    def due(self) -> bool:
-        return self.seen % 3 == 0
-
-    def stepped(self, progress: Any, tokens: int) -> None:
-        super().stepped(progress, tokens)
-        self.seen += 1
-        if self.seen == 8 and not Path(self.folder, "passed").exists():
-            Path(self.folder, "passed").touch()
-            Path(self.folder, "pid").write_text(str(os.getpid()))
-            Path(self.folder, "gate").read_text()
+class RouterGate(Gated, RouterRecorder):
+    """Of a router."""

@@ -35,12 +35,7 @@ from tests.runtime.training_items import make_worker
 FILES = ["candidates.parquet", "manifest.json", "router.json", "router.safetensors"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

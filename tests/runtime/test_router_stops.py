@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from raymerge.routing.router import read_router
 from tests.runtime.router_items import STEPS, digests, make_task, run_stopped, write_world
@@ -15,12 +14,7 @@ from tests.runtime.training_items import build_gate, kill_at_gate, make_worker
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from raymerge import storage
 from raymerge.errors import ModelError
@@ -21,12 +20,7 @@ ROOT = Path(__file__).parents[2]
 STEPS = {"a": 20, "b": 4, "c": 16, "d": 12}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

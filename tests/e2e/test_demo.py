@@ -142,9 +142,9 @@ def test_bad_input_is_refused_before_any_work(quick_demo, tmp_path, capsys, chan
     assert not list(folder.rglob("runs/*/adapters/*"))
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_where_neighbours_share_nothing_the_report_finds_no_gain(tmp_path, seed):
-    done = raymerge("demo", "--quick", "--relatedness", "0", "--seed", str(seed), "--out", tmp_path, "--local")
+def test_where_neighbours_share_nothing_the_report_finds_no_gain(tmp_path):
+    """In one world; benchmarks/no_gain.py looks at twenty."""
+    done = raymerge("demo", "--quick", "--relatedness", "0", "--seed", "1", "--out", tmp_path, "--local")
     assert done.returncode == 0, done.stdout + done.stderr
     verdict = json.loads((tmp_path / "runs/comparison.json").read_text())["verdict"]
     assert not re.search(r"gains [0-9.]+ points", verdict["headline"]), verdict

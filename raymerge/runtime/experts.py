@@ -92,15 +92,19 @@ class MergeInputs:
     key: str
 
 
-def find_inputs(task: MergeTask) -> MergeInputs:
+def find_inputs(task: MergeTask, known: dict[str, str] | None = None) -> MergeInputs:
     """Digests of what a merge reads, and the key they make with the recipe. No weight is read but to be digested.
 
+    known: digests of experts by location, of merges that are looked at together and share many: looked at and added to.
     Raises AdapterError for an adapter that is not there or cannot be used without a base that is not there; MergeError.
     """
     digests = {}
     found = {}
+    known = {} if known is None else known
     for expert in task.experts:
-        digests[expert.name] = adapter_digest(expert.location, expert.name)
+        if expert.location not in known:
+            known[expert.location] = adapter_digest(expert.location, expert.name)
+        digests[expert.name] = known[expert.location]
         found[expert.name] = describe(expert.location, expert.name, digests[expert.name])
     anchor = _anchor(task, found)
     anchor_digest = adapter_digest(anchor) if anchor else None

@@ -87,20 +87,21 @@ def source_digests(sources: Sequence[AnswerSource], *, anchors: bool = False) ->
     """
     digests: dict[str, Any] = {}
     failed: dict[str, str] = {}
+    known: dict[str, str] = {}
     for source in sources:
         try:
-            digests[source.persona] = _digest(source, anchors)
+            digests[source.persona] = _digest(source, anchors, known)
         except UNUSABLE as error:
             digests[source.persona] = None
             failed[source.persona] = first_line(error)
     return digests, failed
 
 
-def _digest(source: AnswerSource, anchors: bool) -> Any:
+def _digest(source: AnswerSource, anchors: bool, known: dict[str, str]) -> Any:
     if source.location is not None:
         own, anchor = adapter_digest(source.location), _anchor_location(source) if anchors else None
         return own if anchor is None else [own, adapter_digest(anchor, "anchor")]
-    return [source.kind, find_inputs(source.merge).key] if source.merge is not None else source.kind
+    return [source.kind, find_inputs(source.merge, known).key] if source.merge is not None else source.kind
 
 
 def _anchor_location(source: AnswerSource) -> str | None:
@@ -147,6 +148,7 @@ class _Loader:
         self.prefixes: list[Prefix] = []
         self._numbers: dict[str, int] = {}
         self._prefix_numbers: dict[str, int] = {}
+        self._known: dict[str, str] = {}  # digests of experts by location
 
     def load(self, source: AnswerSource) -> Answerer:
         """What answers for a persona, after adding what is new."""
@@ -162,7 +164,7 @@ class _Loader:
             return replace(answerer, anchor=self._add(place, self.cache.read("anchor", place, base=source.base)))
         if source.merge is None:
             return Answerer()
-        inputs = find_inputs(source.merge)
+        inputs = find_inputs(source.merge, self._known)
         if source.kind == "mixture" and inputs.base is None:  # else `build` refuses what could not be written either
             return self._mixture(source.merge, inputs)
         if inputs.key not in self._numbers:

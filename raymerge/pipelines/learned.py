@@ -11,11 +11,10 @@ from raymerge.errors import ProjectError
 from raymerge.evaluation.scores import LEARNED
 from raymerge.manifest import is_unfinished
 from raymerge.recipes import Recipe
+from raymerge.routing.router_shape import CONFIG, WEIGHTS
 
 if TYPE_CHECKING:
     from raymerge.routing.router import Router
-
-RECORD, WEIGHTS = "router.json", "router.safetensors"
 
 
 def router_of(project: Project, recipe: Recipe) -> str | None:
@@ -31,7 +30,7 @@ def place_of(project: Project, given: str | None) -> str:
 
 def is_trained(folder: str) -> bool:
     """Whether a router is there, trained to its end."""
-    return storage.exists(storage.join(folder, RECORD)) and not is_unfinished(folder)
+    return storage.exists(storage.join(folder, CONFIG)) and not is_unfinished(folder)
 
 
 def check_router(project: Project, folder: str | None, what: str) -> None:
@@ -44,7 +43,7 @@ def check_router(project: Project, folder: str | None, what: str) -> None:
 
 def router_digest(folder: str) -> str:
     """Of the files of a router."""
-    return storage.digest_value([storage.digest(storage.join(folder, name)) for name in (RECORD, WEIGHTS)])
+    return storage.digest_value([storage.digest(storage.join(folder, name)) for name in (CONFIG, WEIGHTS)])
 
 
 def read_trained(folder: str) -> Router:
@@ -54,7 +53,7 @@ def read_trained(folder: str) -> Router:
 
 def held_out_of(folder: str) -> frozenset[str]:
     """Personas whom a router took to have no adapter."""
-    return frozenset(storage.read_json(storage.join(folder, RECORD)).get("held_out", ()))
+    return frozenset(storage.read_json(storage.join(folder, CONFIG)).get("held_out", ()))
 
 
 @lru_cache(maxsize=4)

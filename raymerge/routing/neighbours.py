@@ -85,6 +85,7 @@ def _nearest_shares(
 
 
 def note_short(short: Mapping[str, int], k: int) -> list[str]:
+    """A note where fewer than k experts can be asked. short: their number by the label of each such scope."""
     if not short:
         return []
     where = ", ".join(f"{label}: {count}" for label, count in short.items())

@@ -23,12 +23,12 @@ from raymerge.errors import RoutingError, StorageError
 from raymerge.routing.entmax import entmax
 from raymerge.routing.inputs import Space
 from raymerge.routing.neighbours import scopes
+from raymerge.routing.router_shape import CONFIG as CONFIG
+from raymerge.routing.router_shape import WEIGHTS as WEIGHTS
 from raymerge.routing.router_shape import Network as Network
 from raymerge.routing.router_shape import RouterShape as RouterShape
 from raymerge.routing.router_shape import Weighting as Weighting
 from raymerge.routing.similarity import nearest
-
-WEIGHTS, CONFIG = "router.safetensors", "router.json"
 
 
 class Bilinear(nn.Module):

@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args
 
 from raymerge.errors import RoutingError
 
+WEIGHTS, CONFIG = "router.safetensors", "router.json"  # the files of a trained one
+
 Network = Literal["bilinear", "mlp"]
 Weighting = Literal["softmax", "entmax"]
 

@@ -40,6 +40,7 @@ from search import show
 
 from raymerge import storage
 from raymerge.adapters.formats import open_adapter
+from raymerge.config.router import Router
 from raymerge.models.router_rows import cut_shards
 from raymerge.pipelines.job import Timing, read_timings
 from raymerge.pipelines.opening import open_project
@@ -60,6 +61,7 @@ SPACES: Mapping[str, Mapping[str, Any]] = {
     "unified": SCALED,
     "own": SCALED,
 }
+MERGE_RANK = Router().merge_rank  # of all merges alike
 SEARCHED = "searched"
 ASKED_S = 180.0
 
@@ -86,9 +88,13 @@ class Figures:
         """Another row at its best."""
         if name == SEARCHED:
             return self.bench.searched(self.arguments.trials)
-        recipe = {"strategy": name, **({"centred": True} if "temperature" in SPACES[name] else {})}
-        search = {"recipe": recipe, "space": dict(SPACES[name]), "trials": self.arguments.trials}
-        return self.bench.tuned(f"best_{name}", search)
+        return self.bench.tuned(f"best_{name}", self.search_of(name))
+
+    def search_of(self, name: str, *, without: str | None = None) -> dict[str, Any]:
+        """The search of a strategy's own numbers, or of all but one."""
+        space = {number: values for number, values in SPACES[name].items() if number != without}
+        merged = {"centred": True, "rank": MERGE_RANK} if "temperature" in space else {}
+        return {"recipe": {"strategy": name, **merged}, "space": space, "trials": self.arguments.trials}
 
     def quality(self) -> dict[str, Any]:
         """learned_router against the other rows, on test examples."""
@@ -123,10 +129,10 @@ class Figures:
 
     def cold(self) -> dict[str, Any]:
         """Personas who were left out of everything."""
-        space = {name: value for name, value in SPACES["top_k"].items() if name != "self_weight"}
-        spaces = {"top_k": space, "unified": SCALED, "cluster_trained": SCALED}
+        others = ("top_k", "unified", "cluster_trained")
+        searches = {name: self.search_of(name, without="self_weight") for name in others}
         names, learned, rows = router_cold.rows_of(
-            self.bench, spaces, self.arguments.held_out, self.arguments.seed, self.arguments.trials
+            self.bench, searches, self.arguments.held_out, self.arguments.seed, self.arguments.trials
         )
         seen = router_cold.seen(self.bench, names)
         beside = {name: paired(learned.by_persona, row.by_persona, names) for name, row in rows.items()}

@@ -26,16 +26,18 @@ SEEN = ("own", "unified", "cluster_trained")  # runs of a world that show what t
 
 
 def rows_of(
-    bench: RouterBench, spaces: Mapping[str, Mapping[str, Any]], count: int, seed: int, trials: int
+    bench: RouterBench, searches: Mapping[str, Mapping[str, Any]], count: int, seed: int, trials: int
 ) -> tuple[tuple[str, ...], Learned, dict[str, Row]]:
-    """Who is held out, the router, and the other rows: those of `spaces` searched over their numbers, and the base."""
+    """Who is held out, the router, and the other rows: those of `searches` (sections of a project file), and the base.
+
+    trials: of the router's tuning.
+    """
     names = _draw(bench, count, seed)
     sections = _without(bench, names)
     learned = bench.router("cold", {"trials": trials, "held_out": list(names)}, **sections)
     _check(bench.world / "cold.yaml", names)
     rows = {}
-    for name, space in spaces.items():
-        search = {"recipe": {"strategy": name}, "space": dict(space), "trials": trials}
+    for name, search in searches.items():
         rows[name] = bench.tuned(name, search, output=f"cold_{name}", **sections)
     rows["base"] = bench.as_it_is("base", {"strategy": "base"}, output="cold_base", **sections)
     return names, learned, rows

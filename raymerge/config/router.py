@@ -14,7 +14,8 @@ class Router(Section):
     """A network that weights experts by personas' embeddings: its shape, its training, and its tuning afterwards.
 
     held_out: personas who are as if they had no adapter and no examples but those of the test: names, or how many are
-    drawn by the seed. trials: of the search that tunes the trained router on validation examples.
+    drawn by the seed. trials: of the search that tunes the trained router on validation examples. merge_rank: of the
+    merges that it tries and publishes, as a recipe's rank is written.
     """
 
     network: Literal["bilinear", "mlp"] = "bilinear"
@@ -39,6 +40,7 @@ class Router(Section):
     seed: int = Field(default=0, ge=0)
     held_out: tuple[str, ...] | int = ()
     trials: int = Field(default=24, ge=1)
+    merge_rank: int | float | str | dict[str, Any] = 32
     checkpoint_every: float = Field(default=60, ge=0)  # seconds
     experts_memory: str | None = None  # for adapters while it is trained, such as 8GiB; None: all at once
 

@@ -18,9 +18,10 @@ import numpy as np
 
 from raymerge import storage
 from raymerge.config import Search, parse_size
-from raymerge.errors import AdapterError, PersonaError, ProjectError, unknown
+from raymerge.errors import AdapterError, PersonaError, ProjectError, RankError, unknown
 from raymerge.evaluation.scores import LEARNED
 from raymerge.manifest import read_manifest
+from raymerge.merging.rank import parse_rank
 from raymerge.pipelines.compare import compare_runs, evaluated_runs
 from raymerge.pipelines.job import JobResult, carry_out, finish
 from raymerge.pipelines.learned import read_trained
@@ -41,6 +42,7 @@ from raymerge.search.results import RECIPE, Summary
 TITLE = "router"
 TUNED = "recipe.yaml"  # in the router's folder: the recipe that the tuning chose
 EXPERTS = 2  # at least: a persona learns from others than its own
+SMALLEST = 60  # personas that each trial of the tuning is scored on: they differ by little from the trained router
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,10 @@ def check(opened: Opened) -> Taught:
     project, section = opened.project, opened.project.router
     opened.need_base(TITLE)
     personas = opened.need_personas(TITLE)
+    try:
+        parse_rank(section.merge_rank)
+    except RankError as error:
+        raise ProjectError(f"{project.location}: router.merge_rank: {error}") from error
     winner.check_names(opened, Aim(project.search, "", run=LEARNED, title=TITLE))
     held_out = held_out_from(opened)
     experts = [name for name in opened.adapters if name not in held_out]
@@ -168,7 +174,7 @@ def aim_of_tuning(opened: Opened, taught: Taught) -> Aim:
     """The search that tunes a trained router, at most six numbers. It begins with the router as it was trained."""
     project, section, usual = opened.project, opened.project.router, opened.project.search
     trained = read_trained(project.router_folder())
-    recipe: dict[str, Any] = {"strategy": LEARNED, "k": section.k}
+    recipe: dict[str, Any] = {"strategy": LEARNED, "k": section.k, "rank": section.merge_rank}
     space: dict[str, Any] = {
         "temperature": {"min": 0.5, "max": 2.0, "log": True},
         "scale": {"min": 0.7 * trained.scale, "max": 1.6 * trained.scale, "log": True},
@@ -180,9 +186,10 @@ def aim_of_tuning(opened: Opened, taught: Taught) -> Aim:
     else:
         space["scale_by_layers"] = {"groups": 3, "max": 0.3, "penalty": 1.0}
         first |= {f"scale_offsets.layers.{group}": 0.0 for group in range(3)}
+    personas = len(order_of(opened, usual, taught.held_out))
     tuning = Search(
         recipe=recipe, space=space, trials=section.trials, seed=section.seed, examples=taught.tuning_examples,
-        concurrency=usual.concurrency, ranks=usual.ranks,
+        concurrency=usual.concurrency, ranks=usual.ranks, smallest=min(SMALLEST, personas),
     )  # fmt: skip
     return Aim(
         tuning, storage.join(project.router_folder(), "tuning"), run=LEARNED, title=TITLE,

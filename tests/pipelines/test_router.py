@@ -328,6 +328,7 @@ def test_nobody_to_learn_from_or_to_ask_is_refused(routed):
     [
         ({"router": {"held_out": ["p9"]}}, r"router\.held_out: unknown persona 'p9'"),
         ({"router": {"held_out": 7}}, r"router\.held_out: 7 of 6 personas with an adapter cannot be held out"),
+        ({"router": {"merge_rank": "all"}}, r"router\.merge_rank: rank 'all' is no rank"),
         ({"router": {"netwrk": "mlp"}}, r"unknown key `router\.netwrk`"),
         ({"base_model": None}, "router needs `base_model`"),
         ({"personas": None}, "router needs `personas`"),
@@ -376,9 +377,11 @@ def test_at_most_eight_numbers_are_tuned_and_learned_offsets_stay(routed):
     opened = trained(routed)
     usual = aim_of_tuning(opened, check(opened))
     assert prepare(opened, usual, restart=False, local=True).scorer.space.free == 6
-    opened = trained(routed, layers=2)
+    assert usual.section.recipe["rank"] == 32
+    opened = trained(routed, layers=2, merge_rank="exact")
     aim = aim_of_tuning(opened, check(opened))
     assert set(aim.section.space) == {"temperature", "scale", "self_weight"}
+    assert aim.section.recipe["rank"] == "exact"
     record = json.loads((runs_of(routed) / "router/router.json").read_text())
     assert len(record["layers"]) == 2
     sought = prepare(opened, aim, restart=False, local=True)

@@ -171,7 +171,7 @@ class _Personas:
     def scatter(self, axes: Axes) -> None:
         every = np.concatenate([self.before, self.after])
         low = np.floor(every.min() / 10) * 10
-        high = max(low + 10, np.ceil(every.max() / 10) * 10)
+        high = max(low + 10, np.ceil(every.max() / 10 - 1e-3) * 10)  # 100 has a rounding error
         axes.plot([low, high], [low, high], color=MUTED, linewidth=0.9)
         for those, style in self.groups:
             axes.scatter(self.before[those], self.after[those], **style)

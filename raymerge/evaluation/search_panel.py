@@ -4,6 +4,7 @@ Validation examples chose the winner, so its score there flatters. What it is wo
 unified adapters and controls.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -94,8 +95,11 @@ def value_text(value: Any) -> str:
 
 
 def said(values: Mapping[str, Any]) -> str:
-    """Values of parameters in words: `k 14, scale 1.31`."""
-    return ", ".join(f"{name} {value_text(value)}" for name, value in values.items())
+    """Values of parameters in words: `k 14, scale_offsets.layers 0.1 / 0 / -0.2`."""
+    together: dict[str, list[str]] = {}
+    for name, value in values.items():
+        together.setdefault(re.sub(r"\.\d+$", "", name), []).append(value_text(value))
+    return ", ".join(f"{name} {' / '.join(texts)}" for name, texts in together.items())
 
 
 def tried(searched: Searched, parameter: str) -> str:

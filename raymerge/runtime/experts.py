@@ -57,9 +57,7 @@ class ExpertCache:
         """The adapter as it is on disk now. digest: of it, where it is known. base: where the base model lies, which is
         opened for DoRA alone. Raises AdapterError that names it; ModelError for a base that cannot be read."""
         try:
-            digest = digest or adapter_digest(location)
-            needed = base_of_dora(name, base) if describe(location, name, digest).dora else None
-            key = (location, digest, *(() if needed is None else (base_digest(needed),)))
+            key, needed = _key(name, location, digest or adapter_digest(location), base)
             if key not in self._entries:
                 self._keep(key, read_adapter(location, name, base=None if needed is None else BaseWeights(needed)))
         except AdapterError as error:
@@ -68,12 +66,25 @@ class ExpertCache:
         self._entries.move_to_end(key)
         return replace(self._entries[key], name=name)  # one adapter may go by several names
 
+    def open(self, name: str, location: str, *, digest: str, base: str | None) -> LoraAdapter:
+        """The adapter where it is held, else one that reads each module when it is asked for. Raises as `read`."""
+        key, needed = _key(name, location, digest, base)
+        if key in self._entries:
+            return replace(self._entries[key], name=name)
+        return open_adapter(location, name, base=None if needed is None else BaseWeights(needed))
+
     def _keep(self, key: tuple[str, ...], adapter: LoraAdapter) -> None:
         self._entries[key] = adapter
         self.held += adapter.nbytes
         while self.held > self.limit and len(self._entries) > 1:
             _, dropped = self._entries.popitem(last=False)
             self.held -= dropped.nbytes
+
+
+def _key(name: str, location: str, digest: str, base: str | None) -> tuple[tuple[str, ...], str | None]:
+    """What tells an adapter in the cache from others, and where the base lies if its deltas depend on it."""
+    needed = base_of_dora(name, base) if describe(location, name, digest).dora else None
+    return (location, digest, *(() if needed is None else (base_digest(needed),))), needed
 
 
 @dataclass(frozen=True)
@@ -158,9 +169,10 @@ def build(task: MergeTask, inputs: MergeInputs, cache: ExpertCache) -> LoraAdapt
     """Carry out a merge in memory. Experts that do not fit into the cache together are read module by module."""
     merges = task.merges
     base = None if inputs.base is None else BaseWeights(inputs.base)
-    opened = [open_adapter(e.location, e.name, base=base) for e in task.experts]
+    places = [(e.name, e.location, inputs.digests[e.name]) for e in task.experts]
+    opened = [cache.open(name, place, digest=digest, base=inputs.base) for name, place, digest in places]
     if sum(adapter.nbytes for adapter in opened) <= cache.limit:
-        opened = [cache.read(e.name, e.location, digest=inputs.digests[e.name], base=inputs.base) for e in task.experts]
+        opened = [cache.read(name, place, digest=digest, base=inputs.base) for name, place, digest in places]
     return merge(
         opened,
         [by_depth(e.weight, merges.get("scale_offsets", {}).get("layers", ())) for e in task.experts],

@@ -33,7 +33,8 @@ class Study:
 
     rungs: nested numbers of personas, ascending, the last is all. folder: of the journal. inputs: digest of what
     decides scores beside the recipe. restart: forget what the folder holds; replaces: where it is of another search.
-    first: points to begin with. All methods may be called from any thread.
+    first: points to begin with; they are never dropped, so that what wins is at least as good. All methods may be
+    called from any thread.
 
     Raises ProjectError if the sampler cannot search the space, or if the folder holds a search that differs in the
     space, the sampler, the seed, the objectives, the rungs or the inputs; StorageError if it cannot be read or written.
@@ -56,6 +57,7 @@ class Study:
         self._space, self._search, self._rungs = space, search, tuple(rungs)
         self._grid = space.grid() if search.sampler == "grid" else None
         self._given = list(first) if self._grid is None else self._grid
+        self._kept = 0 if self._grid is not None else len(first)
         self._limit = search.trials if self._grid is None else min(search.trials, len(self._grid))
         self._stops = search.stop_early and len(self._rungs) > 1 and len(search.objectives) == 1
         self._lock = threading.RLock()
@@ -193,7 +195,8 @@ class Study:
             return False
         asked = self._asked[trial.number]
         asked.report(figures.competes, self._search.reduction**rung)  # the pruner's own spacing: a rung for each
-        return rung + 1 < len(self._rungs) and bool(asked.should_prune())
+        is_poor = bool(asked.should_prune())  # asked of all: it also writes down which rung the others compete with
+        return is_poor and rung + 1 < len(self._rungs) and trial.number >= self._kept
 
     def _settle(self, trial: Trial, state: State, error: str | None = None) -> None:
         trial.state, trial.error = state, error

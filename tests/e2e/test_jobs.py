@@ -76,6 +76,7 @@ def test_jobs_run_by_submission(head, fresh_world, quick_demo):
     told = yaml.safe_load(project.read_text())
     told["hardware"] = {"max_model_workers": 1, "max_merge_workers": 1}  # each takes long to start
     told["search"] = {"space": {"k": {"min": 2, "max": 5}}, "recipe": "sparse_moe_k5", "smallest": 6, "ranks": [8]}
+    told["router"] = {"epochs": 1, "k": 4, "trials": 2}
     project.write_text(yaml.safe_dump(told))
     os.symlink(quick_demo / "adapters", fresh_world / "adapters")
     merged = submit(head, "jobs/merge.py", project, "--recipe", "sparse_moe_k5")
@@ -100,9 +101,15 @@ def test_jobs_run_by_submission(head, fresh_world, quick_demo):
     assert searched.returncode == 0, searched.stdout + searched.stderr
     trials = pq.read_table(fresh_world / "runs/search/trials.parquet").to_pylist()
     assert [row["number"] for row in trials] == [0, 1, 2]
-    rows = {row["name"] for row in json.loads((fresh_world / "runs/comparison.json").read_text())["rows"]}
-    assert {"searched", "searched_random_k", "searched_unified"} <= rows
     assert yaml.safe_load((fresh_world / "runs/search/best_recipe.yaml").read_text())
+    routed = submit(head, "jobs/router.py", project)
+    assert routed.returncode == 0, routed.stdout + routed.stderr
+    assert len(json.loads((fresh_world / "runs/router/router.json").read_text())["history"]) == 2
+    rows = {row["name"] for row in json.loads((fresh_world / "runs/comparison.json").read_text())["rows"]}
+    expected = {
+        f"{winner}{control}" for winner in ("searched", "learned_router") for control in ("", "_random_k", "_unified")
+    }
+    assert expected <= rows
     refused = submit(head, "jobs/merge.py", fresh_world / "absent.yaml")
     assert refused.returncode != 0
     assert "there is no such project file" in refused.stdout + refused.stderr

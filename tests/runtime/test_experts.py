@@ -50,6 +50,20 @@ def test_a_changed_adapter_is_read_again(tmp_path, format):
     assert float(cache.read("a", folder).modules["q"].A.max()) == 3.0
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_is_held_is_not_opened_again(tmp_path, format):
+    cache = ExpertCache(10**6)
+    folder = save(tmp_path / "a", format)
+    digest = adapter_digest(folder)
+    opened = cache.open("a", folder, digest=digest, base=None)
+    assert cache.held == 0
+    held = cache.read("a", folder, digest=digest)
+    assert torch.equal(opened.modules["q"].A, held.modules["q"].A)
+    for file in (tmp_path / "a").iterdir():
+        file.unlink()
+    assert cache.open("a", folder, digest=digest, base=None).modules["q"] is held.modules["q"]
+
+
 def test_what_is_missing_or_unfinished_has_no_digest(tmp_path):
     with pytest.raises(AdapterError, match="there is no adapter"):
         adapter_digest(str(tmp_path / "none"))

@@ -301,6 +301,20 @@ def test_given_points_come_first_and_others_follow_as_in_an_undisturbed_search(t
         opened(wanted(trials=8), tmp_path / "two")
 
 
+@pytest.mark.parametrize(("first", "state"), [([], "stopped"), ([{"temperature": 0.1, "scale": 1.0}], "complete")])
+def test_a_given_point_is_scored_on_everybody_however_poor_it_is(tmp_path: Path, first: list, state: str) -> None:
+    study = opened(wanted(space=NUMBERS, trials=9), tmp_path, first=first)
+    begun = [trial for _ in range(9) if (trial := study.ask()) is not None]
+    for trial in reversed(begun):  # the first one last, when there is something better to compare it with
+        for personas in RUNGS:
+            values = {"similarity": 50.0 + trial.number, "bytes": 1.0, "experts": 1.0}
+            if study.report(trial.number, Figures(personas, values, penalty=0.0, answers=1)):
+                break
+        study.tell(trial.number)
+    assert study.trials[0].state == state
+    assert {trial.state for trial in study.trials[1:]} == {"complete", "stopped"}
+
+
 def test_each_point_of_a_grid_is_tried_once(tmp_path: Path) -> None:
     search = wanted("grid", trials=1000)
     study = finish(opened(search, tmp_path))

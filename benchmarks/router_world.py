@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from search_world import make_world
 
 from raymerge import storage
-from raymerge.evaluation.statistics import bootstrap_means, interval
+from raymerge.evaluation.statistics import against
 from raymerge.pipelines.job import read_timings
 from raymerge.pipelines.opening import Opened, open_project
 from raymerge.pipelines.plan import Steps
@@ -191,9 +191,8 @@ def mean_of(rows: Sequence[Row]) -> dict[str, float]:
 def paired(one: Mapping[str, float], other: Mapping[str, float], names: Iterable[str] | None = None) -> list[float]:
     """Mean difference over personas that both have, or these, and its 95 % interval by the paired bootstrap."""
     both = sorted(set(one) & set(other) if names is None else names)
-    differences = np.array([[one[name] - other[name]] for name in both])
-    low, high = interval(bootstrap_means(differences), len(both))
-    return [float(differences.mean()), float(low[0]), float(high[0])]
+    found = against("", *(np.array([row[name] for name in both]) for row in (one, other)))
+    return [found.difference, found.low, found.high]
 
 
 def headline(name: str, beside: Mapping[str, Sequence[float]]) -> str:

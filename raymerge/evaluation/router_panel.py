@@ -12,27 +12,11 @@ from raymerge.evaluation.router_differences import Moved, contrasts, most_asked,
 from raymerge.evaluation.router_weights import Learned
 from raymerge.evaluation.rows import Row
 from raymerge.evaluation.scores import LEARNED, NEIGHBOURS, examples_in_prompt
+from raymerge.evaluation.statistics import Against
 from raymerge.evaluation.wording import UNKNOWN, number, signed
 
 ASKED_SHOWN = 15
 CHANGES_SHOWN = 10  # personas that gain most, and as many that lose most
-
-
-@dataclass(frozen=True)
-class Against:
-    """The router's run against another row, over some personas, in points: similarity of the other, mean difference,
-    and its 95 % interval (NaN for one persona)."""
-
-    name: str
-    similarity: float
-    difference: float
-    low: float
-    high: float
-
-    @property
-    def outcome(self) -> str:
-        """`better`, `worse`, or `not better` where the interval holds 0 or cannot be known."""
-        return "better" if self.low > 0 else "worse" if self.high < 0 else "not better"
 
 
 @dataclass(frozen=True)
@@ -68,14 +52,10 @@ def against(learned: Learned, comparison: Comparison, personas: Sequence[int]) -
     names = [row.name for row in by_similarity(comparison)[:1]]
     names += [comparison.reference] if comparison.reference else []
     names += [row.name for row in comparison.rows if row.name.startswith(f"{learned.run}_")]
-    found = []
-    for name in dict.fromkeys(names):
-        theirs = comparison.scores[comparison.row(name), personas]
-        paired = (comparison.scores[own, personas] - theirs)[:, None]
-        means = statistics.bootstrap_means(paired, resamples=comparison.resamples, seed=comparison.seed)
-        low, high = statistics.interval(means, len(personas))
-        found.append(Against(name, float(theirs.mean()), float(paired.mean()), float(low[0]), float(high[0])))
-    return found
+    scores, drawn = comparison.scores[:, personas], {"resamples": comparison.resamples, "seed": comparison.seed}
+    return [
+        statistics.against(name, scores[own], scores[comparison.row(name)], **drawn) for name in dict.fromkeys(names)
+    ]
 
 
 def changes(learned: Learned, comparison: Comparison) -> tuple[list[Change], list[Change]]:

@@ -61,6 +61,30 @@ def interval(means: Values, personas: int, level: float = 0.95) -> tuple[Values,
     return low, high
 
 
+@dataclass(frozen=True)
+class Against:
+    """A row against another over the same personas, in points: similarity of the other, mean difference, and its 95 %
+    interval (NaN for one persona)."""
+
+    name: str
+    similarity: float
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def outcome(self) -> str:
+        """`better`, `worse`, or `not better` where the interval holds 0 or cannot be known."""
+        return "better" if self.low > 0 else "worse" if self.high < 0 else "not better"
+
+
+def against(name: str, own: Values, other: Values, *, resamples: int = RESAMPLES, seed: int = 0) -> Against:
+    """A row's similarity by persona against that of another, of this name, both (personas,) in percent."""
+    differences = (own - other)[:, None]
+    low, high = interval(bootstrap_means(differences, resamples=resamples, seed=seed), len(own))
+    return Against(name, float(other.mean()), float(differences.mean()), float(low[0]), float(high[0]))
+
+
 def sign_flip_p(differences: Values, *, resamples: int = RESAMPLES, seed: int = 0) -> Values:
     """Two-sided p (columns,) of the paired sign-flip test on the mean of differences (personas, columns).
 

@@ -11,8 +11,8 @@ import numpy as np
 from raymerge import storage
 from raymerge.errors import EvaluationError
 from raymerge.evaluation.search_panel import said
+from raymerge.evaluation.statistics import Against
 from raymerge.evaluation.wording import size
-from raymerge.pipelines.searching import winner
 from raymerge.pipelines.searching.aim import Aim
 from raymerge.pipelines.searching.scorer import RecipeScorer
 from raymerge.recipes import parse_recipe
@@ -94,7 +94,7 @@ def score_at_ranks(scorer: RecipeScorer, chosen: Chosen, carry_out: CarryOut) ->
 
 
 def beside_others(
-    chosen: Chosen, aim: Aim, test: float | None, beside: Sequence[winner.Beside], notes: Sequence[str]
+    chosen: Chosen, aim: Aim, test: float | None, beside: Sequence[Against], notes: Sequence[str]
 ) -> Chosen:
     """The same with its score on test examples beside other rows, and warnings where it is not better."""
     warnings = [] if test is None else [*_not_beaten(aim, beside)]
@@ -108,9 +108,9 @@ def beside_others(
     return replace(chosen, summary=summary)
 
 
-def _not_beaten(aim: Aim, beside: Sequence[winner.Beside]) -> Iterator[str]:
+def _not_beaten(aim: Aim, beside: Sequence[Against]) -> Iterator[str]:
     for one in beside:  # the controls have to be beaten by more than the interval
-        if one.name in (aim.random, aim.unified) and not one.is_beaten:
+        if one.name in (aim.random, aim.unified) and one.outcome != "better":
             yield (
                 f"the winner does not beat {one.name} beyond its interval: {one.difference:+.2f} points on test "
                 f"examples, {one.low:+.2f} to {one.high:+.2f}"

@@ -8,7 +8,7 @@ with.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import pyarrow as pa
 from raymerge import storage
 from raymerge.errors import ProjectError
 from raymerge.evaluation.scores import kind_of
-from raymerge.evaluation.statistics import bootstrap_means, interval
+from raymerge.evaluation.statistics import Against, against
 from raymerge.manifest import read_manifest
 from raymerge.pipelines.job import JobResult
 from raymerge.pipelines.opening import Opened
@@ -26,23 +26,6 @@ from raymerge.pipelines.searching.aim import Aim
 from raymerge.pipelines.steps import run_steps
 from raymerge.recipes import parse_recipes
 from raymerge.routing.strategies import CONTROLS, WITHOUT_NEIGHBOURS
-
-
-@dataclass(frozen=True)
-class Beside:
-    """The winner against another row on test examples, in points of similarity: mean difference over the personas that
-    both answered, and its 95 % interval."""
-
-    name: str
-    similarity: float
-    difference: float
-    low: float
-    high: float
-
-    @property
-    def is_beaten(self) -> bool:
-        """Whether the winner is better by more than its interval."""
-        return self.low > 0
 
 
 def check_names(opened: Opened, aim: Aim) -> None:
@@ -86,7 +69,7 @@ def _remove_other(folder: str, recipe: Mapping[str, Any] | None) -> None:
         storage.remove(folder)
 
 
-def beside(opened: Opened, aim: Aim, names: Sequence[str]) -> list[Beside]:
+def beside(opened: Opened, aim: Aim, names: Sequence[str]) -> list[Against]:
     """The winner's test score against other evaluated runs, the best of them first. Runs without scores are left out,
     and ceilings, which nothing is to beat."""
     own = _by_persona(opened, aim.run)
@@ -98,10 +81,7 @@ def beside(opened: Opened, aim: Aim, names: Sequence[str]) -> list[Beside]:
         both = sorted(set(own) & set(other or {}))
         if name == aim.run or other is None or len(both) < 2 or _is_ceiling(opened, name):
             continue
-        differences = np.array([[own[p] - other[p]] for p in both])
-        low, high = interval(bootstrap_means(differences), len(both))
-        mean = float(np.mean([other[p] for p in both]))
-        found.append(Beside(name, mean, float(differences.mean()), float(low[0]), float(high[0])))
+        found.append(against(name, *(np.array([one[p] for p in both]) for one in (own, other))))
     return sorted(found, key=lambda one: -one.similarity)
 
 

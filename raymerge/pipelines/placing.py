@@ -23,6 +23,7 @@ from raymerge.routing.inputs import RoutingInputs
 from raymerge.routing.similarity import mean_direction, project
 from raymerge.routing.strategies import route
 from raymerge.routing.table import RoutingTable
+from raymerge.runtime.embedding import is_embedded
 from raymerge.runtime.tasks import SketchTask
 
 
@@ -185,8 +186,8 @@ def place(opened: Opened, wanted: Placing, *, refit: bool, write: bool = True) -
 
 
 def embeddings_are_there(opened: Opened, experts: Sequence[str]) -> bool:
-    """Whether all embedding items have been done."""
-    return all(read_manifest(item.payload.folder) is not None for item in embedding_items(opened, experts, {}))
+    """Whether everybody was embedded, from the texts or adapters that there are now."""
+    return all(is_embedded(item.payload, opened.personas) for item in embedding_items(opened, experts, {}))
 
 
 def gather_embeddings(opened: Opened, experts: Sequence[str]) -> Embeddings:

@@ -15,6 +15,9 @@ from raymerge.manifest import UNFINISHED
 from raymerge.pipelines.compare import compare
 from raymerge.pipelines.evaluate import evaluate
 from raymerge.pipelines.merge import merge
+from raymerge.pipelines.opening import open_project
+from raymerge.pipelines.placing import Placing, embeddings_are_there
+from raymerge.pipelines.search import placed_for
 from raymerge.runtime import experts
 from raymerge.runtime.experts import ExpertCache
 from raymerge.runtime.scoring import gather
@@ -24,6 +27,10 @@ from tests.pipelines.conftest import make_adapter
 
 def summary(project: str, run: str) -> dict:
     return json.loads((Path(project).parent / "runs" / run / "evaluation/summary.json").read_text())
+
+
+def change(project: str, **keys) -> None:
+    Path(project).write_text(yaml.safe_dump({**yaml.safe_load(Path(project).read_text()), **keys}))
 
 
 def cut_short(project: str, name: str) -> None:
@@ -128,3 +135,34 @@ def test_a_recipe_that_nobody_could_answer_with_is_named_and_no_crash(project, c
         cut_short(project, name)
     assert evaluate(project, recipes=["exact"], local=True) == 1
     assert "failed: evaluate/exact/0000/p0: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("source", ["texts", "deltas"])
+def test_embeddings_are_not_there_for_who_is_new_or_was_changed(project, source):
+    change(project, embedding={"source": source})
+    folder = Path(project).parent
+    examples = folder / "personas.jsonl"
+
+    def is_there() -> bool:
+        opened = open_project(project)
+        return embeddings_are_there(opened, opened.adapters)
+
+    def embed() -> None:
+        opened = open_project(project)
+        placed_for(opened, Placing(opened.adapters, embeddings=True, clusters=False), title="test", local=True)
+
+    assert not is_there()
+    embed()
+    assert is_there()
+    old = examples.read_text()
+    examples.write_text(old.replace('"w1 w2."', '"w7 w7 w7."'))
+    assert examples.read_text() != old
+    assert is_there() == (source == "deltas")
+    save_adapter(make_adapter("p0", 77), str(folder / "adapters/p0"))
+    assert not is_there()
+    embed()
+    assert is_there()
+    line = {"persona": "p9", "prompt": "w1?", "response": "w2 w3.", "split": "train"}
+    examples.write_text(examples.read_text() + json.dumps(line) + "\n")
+    save_adapter(make_adapter("p9", 9), str(folder / "adapters/p9"))
+    assert not is_there()

@@ -7,12 +7,17 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from raymerge.adapters import save_adapter
 from raymerge.errors import StorageError
 from raymerge.pipelines.compare import compare
 from raymerge.pipelines.evaluate import evaluate
 from raymerge.pipelines.init import init
 from raymerge.pipelines.merge import merge
+from raymerge.pipelines.opening import open_project
+from raymerge.pipelines.placing import Placing, embeddings_are_there
 from raymerge.pipelines.run import run
+from raymerge.pipelines.search import placed_for
+from tests.pipelines.conftest import make_adapter
 
 
 @pytest.fixture(autouse=True)
@@ -69,3 +74,16 @@ def test_init_at_a_uri(adapters):
 def test_a_scheme_that_nobody_knows_is_named(adapters):
     with pytest.raises(StorageError, match=r"ftp2://x/y.*cannot be opened"):
         init("ftp2://x/y")
+
+
+def test_who_is_new_at_a_uri_is_seen_to_lack_an_embedding(project):
+    location = at_uri(project)
+    value = yaml.safe_load(Path(project).read_text())
+    Path(project).write_text(yaml.safe_dump({**value, "embedding": {"source": "deltas"}}))
+    placing = Placing(open_project(location).adapters, embeddings=True, clusters=False)
+    placed_for(open_project(location), placing, title="test", local=True)
+    assert embeddings_are_there(open_project(location), placing.experts)
+    save_adapter(make_adapter("p9", 9), str(Path(project).parent / "adapters/p9"))
+    with (Path(project).parent / "personas.jsonl").open("a") as file:
+        file.write(json.dumps({"persona": "p9", "prompt": "w1?", "response": "w2.", "split": "test"}) + "\n")
+    assert not embeddings_are_there(open_project(location), open_project(location).adapters)

@@ -96,7 +96,7 @@ def merge(
     strategy: Annotated[
         str | None, typer.Option(metavar="NAME", help="A recipe given here, not in the project.")
     ] = None,
-    name: Annotated[str | None, typer.Option(metavar="NAME", help="Its name; by default the strategy's.")] = None,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Its name; by default such as top_k_k5_ties.")] = None,
     k: Annotated[int | None, typer.Option(min=1, metavar="N", help="Contributors per persona.")] = None,
     temperature: Annotated[
         float | None, typer.Option(min=0, metavar="T", help="Of the softmax over similarities.")

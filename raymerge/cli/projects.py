@@ -96,7 +96,9 @@ def merge(
     strategy: Annotated[
         str | None, typer.Option(metavar="NAME", help="A recipe given here, not in the project.")
     ] = None,
-    name: Annotated[str | None, typer.Option(metavar="NAME", help="Its name; by default such as top_k_k5_ties.")] = None,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Its name; by default such as top_k_k5_ties.")
+    ] = None,
     k: Annotated[int | None, typer.Option(min=1, metavar="N", help="Contributors per persona.")] = None,
     temperature: Annotated[
         float | None, typer.Option(min=0, metavar="T", help="Of the softmax over similarities.")

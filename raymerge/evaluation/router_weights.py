@@ -17,12 +17,13 @@ from raymerge import storage
 from raymerge.errors import EvaluationError
 from raymerge.evaluation.search_panel import Searched, read_searched
 from raymerge.manifest import read_manifest
+from raymerge.routing.router_shape import CANDIDATES, CONFIG, TUNED
 from raymerge.routing.table import RoutingTable
 
 Numbers = NDArray[np.int64]
 Values = NDArray[np.float64]
 
-ROUTER, CANDIDATES, TUNING, TABLE = "router.json", "candidates.parquet", "tuning", "routing.parquet"
+TUNING, TABLE = "tuning", "routing.parquet"
 COLUMNS = ("persona", "expert", "similarity", "learned", "similar")
 
 
@@ -151,18 +152,20 @@ class Learned:
 
 
 def read_learned(router_folder: str, run_folder: str) -> Learned | None:
-    """The router of a folder with the run it made, None where there is no whole router.
+    """The router of a folder with the run it made, None where there is no whole router. Until it was tuned, a run
+    that is there is an earlier one's, and left out.
 
     Raises StorageError, RoutingError, and EvaluationError for candidates that cannot be.
     """
     manifest = read_manifest(router_folder)
     if manifest is None:
         return None
-    said = storage.read_json(storage.join(router_folder, ROUTER))
+    said = storage.read_json(storage.join(router_folder, CONFIG))
     where = storage.join(router_folder, CANDIDATES)
     table = _candidates(storage.read_parquet(where), where)
     location = storage.join(run_folder, TABLE)
-    merged = RoutingTable.read(location) if storage.exists(location) else None
+    is_its_own = storage.exists(storage.join(router_folder, TUNED)) and storage.exists(location)
+    merged = RoutingTable.read(location) if is_its_own else None
     (who, persona), (what, expert) = _coded(table["persona"]), _coded(table["expert"])
     personas = tuple(sorted({*who, *(merged.personas if merged else ())}))
     experts = tuple(sorted({*manifest["experts"], *what, *(merged.experts if merged else ())}))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from raymerge import storage
 from raymerge.config import Project
-from raymerge.errors import ProjectError
+from raymerge.errors import ProjectError, RoutingError
 from raymerge.evaluation.scores import LEARNED
 from raymerge.manifest import is_unfinished
 from raymerge.recipes import Recipe
@@ -38,6 +38,16 @@ def check_router(project: Project, folder: str | None, what: str) -> None:
     if folder is not None and not is_trained(folder):
         raise ProjectError(
             f"{what}: there is no trained router in {folder}.\n`raymerge router {project.location}` trains one."
+        )
+
+
+def check_embedding(folder: str, kind: str, what: str) -> None:
+    """Raise RoutingError if a router was trained on embeddings of another kind than `what` has. kind: in words."""
+    known = storage.read_json(storage.join(folder, CONFIG)).get("embedding", kind)
+    if known != kind:
+        raise RoutingError(
+            f"{what}: the router in {folder} was trained on other embeddings.\nExpected {known}; found {kind}. "
+            "Set `embedding` to what it was, or train the router anew."
         )
 
 

@@ -13,9 +13,9 @@ from raymerge import storage
 from raymerge.config import Grouping, Project
 from raymerge.errors import PersonaError, ProjectError, RoutingError
 from raymerge.manifest import read_manifest
-from raymerge.pipelines.learned import held_out_of, read_trained, router_of
+from raymerge.pipelines.learned import check_embedding, held_out_of, read_trained, router_of
 from raymerge.pipelines.opening import Opened
-from raymerge.pipelines.planning import embedding_items, embedding_source
+from raymerge.pipelines.planning import FROM_FILE, embedding_items, embedding_kind, embedding_source
 from raymerge.recipes import Recipe
 from raymerge.routing.clusters import Clusters, admit, find_centroids, k_means, parse_clusters, read_clusters
 from raymerge.routing.embeddings import Embeddings, make_embeddings, read_embeddings
@@ -81,6 +81,11 @@ class Placed:
             notes = (f"{min(self.unread)}: cannot be read and is left out ({len(self.unread)} such adapters)", *notes)
         return table, notes
 
+    def routes_together(self, recipe: Recipe) -> bool:
+        """Whether a persona's row depends on who else is routed: where a router lets an expert serve only so many."""
+        folder = router_of(self.opened.project, recipe)
+        return folder is not None and read_trained(folder).shape.max_in_degree is not None
+
     def explain(self, recipe: Recipe, table: RoutingTable, notes: Sequence[str]) -> dict[str, Any]:
         """`routing_info.json`: the table for people."""
         return table.info(
@@ -98,6 +103,7 @@ class Placed:
             inputs = replace(inputs, personas=read[0], experts=read[1])
         folder = router_of(self.opened.project, recipe)
         if folder is not None:
+            check_embedding(folder, self._embedding(recipe), f"recipe {recipe.name}")
             unknown = held_out_of(folder)
             able = [name for name in inputs.experts if name not in unknown]
             inputs = replace(inputs, experts=able, router=read_trained(folder))
@@ -105,6 +111,9 @@ class Placed:
             return inputs
         vectors = read_embeddings(self.opened.project.path(recipe.embedding))
         return replace(inputs, embeddings=vectors, mean=None, centroids=None)
+
+    def _embedding(self, recipe: Recipe) -> str:
+        return embedding_kind(self.opened) if recipe.embedding is None else FROM_FILE
 
     def _nowhere(self, recipe: Recipe, inputs: RoutingInputs) -> set[str]:
         """Personas without an embedding where the recipe needs one, or without a cluster and the texts to find it."""

@@ -24,6 +24,7 @@ from raymerge.runtime.tasks import EmbedTask, ExpertRef, MergeTask, SketchTask
 PERSONAS_PER_EMBEDDING = 100
 ADAPTERS_PER_SKETCH = 50
 SKETCH_DIMENSIONS = 4096
+FROM_FILE = "a file of vectors"  # a kind of embedding
 TRAINS_ITS_OWN = ("neighbours_trained", "prefix")  # recipes that train something for each of their rows
 
 
@@ -55,6 +56,14 @@ def embedding_items(opened: Opened, experts: Sequence[str], trained: Mapping[str
         )
         for number, part in enumerate(cut(list(experts), ADAPTERS_PER_SKETCH))
     ]  # fmt: skip
+
+
+def embedding_kind(opened: Opened) -> str:
+    """What vectors are made of, in words: those of one kind lie in one space."""
+    source = embedding_source(opened)
+    if source == "texts":
+        return f"texts by {opened.project.embedding.model}"
+    return "deltas" if source == "deltas" else FROM_FILE
 
 
 def embedding_source(opened: Opened) -> str:

@@ -11,7 +11,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,20 +27,22 @@ from raymerge.pipelines.job import JobResult, carry_out, finish
 from raymerge.pipelines.learned import read_trained
 from raymerge.pipelines.opening import Opened, base_location, open_project
 from raymerge.pipelines.placing import Placed, Placing, write_if_new
+from raymerge.pipelines.planning import embedding_kind
 from raymerge.pipelines.search import placed_for, pursue, with_settings
 from raymerge.pipelines.searching import winner
 from raymerge.pipelines.searching.aim import Aim
 from raymerge.pipelines.searching.chosen import Chosen, lines_of
 from raymerge.pipelines.searching.scorer import order_of
 from raymerge.routing.embeddings import encode_embeddings
+from raymerge.routing.router_shape import CONFIG, TUNED
 from raymerge.runtime.bases import base_digest
 from raymerge.runtime.connection import connected
+from raymerge.runtime.router_inputs import LABELS, MEAN, VECTORS
 from raymerge.runtime.scheduler import Item
 from raymerge.runtime.tasks import RouterTask
 from raymerge.search.results import RECIPE, Summary
 
 TITLE = "router"
-TUNED = "recipe.yaml"  # in the router's folder: the recipe that the tuning chose
 EXPERTS = 2  # at least: a persona learns from others than its own
 SMALLEST = 60  # personas that each trial of the tuning is scored on: they differ by little from the trained router
 
@@ -77,7 +79,7 @@ def router(
         chosen, result = pursue(opened, aim, restart=False, local=local)
     storage.write_bytes(storage.join(folder, TUNED), storage.read_bytes(storage.join(aim.folder, RECIPE)))
     page = compare_runs(location).page if evaluated_runs(opened.project) else None
-    show(chosen, aim, [*taught.notes, *(read_manifest(folder) or {}).get("notes", ())], page)
+    show(chosen, aim, [*taught.notes, *trained.notes, *(read_manifest(folder) or {}).get("notes", ())], page)
     return finish(result)
 
 
@@ -106,10 +108,15 @@ def check(opened: Opened) -> Taught:
     counts = [len(personas.examples(name, "validation")) for name in asked]
     tuning = max(1, math.ceil(statistics.median(counts) / 2))
     notes = []
-    if len(asked) < len(teaching):
-        without = sorted({*teaching} - {*asked})
+    if without := sorted({*teaching} - {*asked}):
         notes.append(f"{without[0]}: has no validation examples and tunes nothing ({len(without)} such personas)")
     if max(counts) <= tuning:
+        if section.patience is not None:
+            raise PersonaError(
+                f"{personas.location}: nobody has more than {tuning} validation examples, and the tuning of a router "
+                f"takes the first {tuning}.\nrouter.patience, which is {section.patience}, needs others to stop by: "
+                "add rows with split validation, or leave it out."
+            )
         notes.append(
             f"nobody has more than the {tuning} validation examples that tune the router: its last epoch is taken"
         )
@@ -133,12 +140,17 @@ def held_out_from(opened: Opened) -> tuple[str, ...]:
 
 
 def train(opened: Opened, taught: Taught, *, local: bool) -> JobResult:
-    """Embed personas if nobody did, and train the network unless it is there."""
+    """Embed personas if nobody did, and train the network unless it is there. Notes: who is left out."""
     placing = Placing(opened.adapters, embeddings=True, clusters=True)
     placed = placed_for(opened, placing, title=TITLE, local=local)
     task = task_of(opened, placed, taught)
     item = Item(TITLE, "model", "train_router", task, alone=True)
-    return carry_out(opened.without_recipes(), [item], local=local, title=TITLE)
+    result = carry_out(opened.without_recipes(), [item], local=local, title=TITLE)
+    nowhere = sorted({*opened.names} - {*task.names})
+    if not nowhere:
+        return result
+    left_out = f"{nowhere[0]}: has no embedding or no cluster and is left out ({len(nowhere)} such personas)"
+    return replace(result, notes=(*result.notes, left_out))
 
 
 def task_of(opened: Opened, placed: Placed, taught: Taught) -> RouterTask:
@@ -149,9 +161,9 @@ def task_of(opened: Opened, placed: Placed, taught: Taught) -> RouterTask:
     assert placed.inputs.mean is not None
     mean = placed.inputs.mean if project.embedding.centred else np.zeros_like(placed.inputs.mean)
     placing = storage.join(project.router_folder(), "placing")
-    write_if_new(storage.join(placing, "vectors.parquet"), encode_embeddings(embeddings))
-    write_if_new(storage.join(placing, "mean.json"), storage.encode_json([float(x) for x in mean]))
-    write_if_new(storage.join(placing, "labels.json"), storage.encode_json(dict(clusters)))
+    write_if_new(storage.join(placing, VECTORS), encode_embeddings(embeddings))
+    write_if_new(storage.join(placing, MEAN), storage.encode_json([float(x) for x in mean]))
+    write_if_new(storage.join(placing, LABELS), storage.encode_json(dict(clusters)))
     there = {*embeddings.names} & {*clusters}
     return RouterTask(
         folder=project.router_folder(),
@@ -165,6 +177,7 @@ def task_of(opened: Opened, placed: Placed, taught: Taught) -> RouterTask:
         prompt_format=project.generation.prompt_format,
         base_digest=base_digest(opened.need_base(TITLE)),
         workspace=project.workspace,
+        embedding=embedding_kind(opened),
         base=base_location(project),
         experts_bytes=None if section.experts_memory is None else parse_size(section.experts_memory),
     )
@@ -175,6 +188,8 @@ def aim_of_tuning(opened: Opened, taught: Taught) -> Aim:
     project, section, usual = opened.project, opened.project.router, opened.project.search
     trained = read_trained(project.router_folder())
     recipe: dict[str, Any] = {"strategy": LEARNED, "k": section.k, "rank": section.merge_rank}
+    if (anchor := storage.read_json(storage.join(project.router_folder(), CONFIG))["anchor"]) != "auto":
+        recipe["anchor"] = anchor
     space: dict[str, Any] = {
         "temperature": {"min": 0.5, "max": 2.0, "log": True},
         "scale": {"min": 0.7 * trained.scale, "max": 1.6 * trained.scale, "log": True},

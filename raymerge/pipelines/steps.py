@@ -30,7 +30,7 @@ def describe(opened: Opened, steps: Steps) -> list[str]:
             continue
         alone = replace(plan, opened=opened.only([name])).placing()
         if alone.embeddings and not embeddings_are_there(opened, alone.experts):
-            k = f" k = {recipe.strategy_parameters['k']}," if "k" in recipe.strategy_parameters else ""
+            k = f" k = {recipe.strategy_parameters['k']}," if recipe.strategy_parameters.get("k") else ""
             lines.append(
                 f"{name}: {len(opened.names)} personas,{k} {len(alone.experts)} experts; embeddings come first"
             )

@@ -32,7 +32,7 @@ def learned_router(parameters: Mapping[str, Any], inputs: RoutingInputs) -> tupl
             f"strategy learned_router: the router was trained on embeddings of {router.shape.size} numbers, and these "
             f"have {inputs.embeddings.vectors.shape[1]}.\nTrain it anew with `raymerge router PROJECT --restart`."
         )
-    router = replace(router, shape=replace(router.shape, k=parameters["k"]))
+    router = replace(router, shape=replace(router.shape, k=parameters["k"] or router.shape.k))
     space, notes = make_space(replace(inputs, mean=router.mean), centred=True)
     found = find_candidates(space, router.shape)
     said = learned_scores(router, space, found).astype(np.float64) / parameters["temperature"]

@@ -23,6 +23,8 @@ def _number(value: Any) -> bool:
 CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = MappingProxyType(
     {
         "k": (_count, "a whole number, 1 or more"),
+        "learned_router.k": (lambda value: value is None or _count(value),
+                             "a whole number, 1 or more, or null: as many as the router was trained with"),
         "top_clusters": (_count, "a whole number, 1 or more"),
         "temperature": (lambda value: _number(value) and value > 0, "a number above 0"),
         "self_weight": (lambda value: value == "similarity" or (_number(value) and 0 <= value <= 1),
@@ -56,7 +58,7 @@ def resolve(strategy: str, defaults: Mapping[str, Any], given: Mapping[str, Any]
             refuse(f"strategy {strategy}", "parameter", str(name), defaults)
     resolved = {**defaults, **given}
     for name, value in resolved.items():
-        fits, expected = CHECKS[name]
+        fits, expected = CHECKS.get(f"{strategy}.{name}", CHECKS[name])
         if not fits(value):
             raise RoutingError(f"strategy {strategy}: {name} is {value!r}.\nExpected {expected}.")
     return resolved

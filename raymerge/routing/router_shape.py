@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from raymerge.errors import RoutingError
 
 WEIGHTS, CONFIG = "router.safetensors", "router.json"  # the files of a trained one
+CANDIDATES, TUNED = "candidates.parquet", "recipe.yaml"  # beside them: whom it weighed; the recipe it was tuned to
 
 Network = Literal["bilinear", "mlp"]
 Weighting = Literal["softmax", "entmax"]

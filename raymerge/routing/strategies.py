@@ -17,7 +17,6 @@ from raymerge.routing.lines import Rows
 from raymerge.routing.named import experts_in, named, parse_weights
 from raymerge.routing.neighbours import equal, hierarchical, make_row, similar
 from raymerge.routing.parameters import TUNED, refuse, resolve
-from raymerge.routing.router_shape import RouterShape
 from raymerge.routing.selective import choose
 from raymerge.routing.table import RoutingTable
 
@@ -188,7 +187,7 @@ STRATEGIES: Mapping[str, Strategy] = _named(
     _make("cluster_trained", "the adapter trained on its cluster", "clusters cluster_adapters", _cluster_trained),
     _make("base", "no adapter", "", partial(_one_for_all, expert=None)),
     _make("learned_router", "what a trained router says", "own embeddings clusters", _learned_router,
-          router=None, k=RouterShape.k, temperature=1.0, self_weight=0.0),
+          router=None, k=None, temperature=1.0, self_weight=0.0),
     _make("named", "the experts that it names, at the weights that it gives them", "", named, weights=None),
     _make("hybrid", "the unified adapter and the persona's own", "own unified", _hybrid, own_weight=TUNED),
     _make("selective", "the best of a few recipes, chosen on validation examples", "", _selective,

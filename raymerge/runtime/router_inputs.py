@@ -53,11 +53,16 @@ class RouterInputs:
     key: str
 
     @property
+    def anchor(self) -> str:
+        """The `anchor` of recipes whose merges measure these experts as their router was taught: `none` where they
+        began from several adapters."""
+        return "none" if len({expert.start_digest for expert in self.experts}) > 1 else "auto"
+
+    @property
     def start(self) -> tuple[str, str] | None:
         """Location and digest of what all experts began from; None for the base, or if they began from several."""
-        starts = {expert.start_digest for expert in self.experts}
         first = self.experts[0]
-        if len(starts) > 1 or first.start is None or first.start_digest is None:
+        if self.anchor == "none" or first.start is None or first.start_digest is None:
             return None
         return first.start, first.start_digest
 
@@ -155,8 +160,10 @@ def _leaks(experts: Sequence[Expert]) -> list[str]:
     started = [expert for expert in experts if expert.start is not None]
     if not started:
         return []
+    several = len({expert.start_digest for expert in experts}) > 1
     return [
+        *(["experts were started from different adapters: all are measured from the base"] if several else []),
         f"{len(started)} of {len(experts)} experts were started from an adapter ({started[0].name} from "
         f"{started[0].start}): what that has learned of a persona's training rows is in all of them, though the "
-        "persona's own adapter is hidden from it. Validation rows are not touched by it"
+        "persona's own adapter is hidden from it. Validation rows are not touched by it",
     ]

@@ -102,8 +102,9 @@ class RouterTask:
     experts: name and location of adapters. placing: a folder with `vectors.parquet` (of names and experts),
     `mean.json` (what centring takes away) and `labels.json` (name -> cluster). settings: `config.Router` as a mapping.
     tuning_examples: how many validation examples of a persona are left to what tunes the router. experts_bytes: of
-    experts in memory at a time, None for all of them; results depend on it where it is too little for all. workspace,
-    base: as of a MergeTask. folder: for the router, and for checkpoints and progress while it is trained.
+    experts in memory at a time, None for all of them; results depend on it where it is too little for all. embedding:
+    what the vectors are made of, in words. workspace, base: as of a MergeTask. folder: for the router, and for
+    checkpoints and progress while it is trained.
     """
 
     folder: str
@@ -117,6 +118,7 @@ class RouterTask:
     prompt_format: str
     base_digest: str
     workspace: str
+    embedding: str
     base: str | None = None
     experts_bytes: int | None = None
 

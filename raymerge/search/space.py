@@ -207,7 +207,6 @@ def _rows(recipe: Recipe) -> list[Mapping[str, float]]:
 
 def _contributors(recipe: Recipe) -> int:
     """How many a persona may have at most, as far as the recipe says; else 0."""
-    if recipe.strategy in COUNTED:
-        own = recipe.strategy_parameters["self_weight"]
-        return int(recipe.strategy_parameters["k"]) + (own not in ("similarity", 0, 1))
+    if recipe.strategy in COUNTED and (k := recipe.strategy_parameters["k"]) is not None:
+        return int(k) + (recipe.strategy_parameters["self_weight"] not in ("similarity", 0, 1))
     return max((len(row) for row in _rows(recipe)), default=0)

@@ -28,6 +28,7 @@ from raymerge.routing.clusters import Clusters
 from raymerge.routing.embeddings import make_embeddings
 from raymerge.routing.inputs import RoutingInputs, make_space
 from raymerge.routing.router import CONFIG, encode_router, find_candidates
+from raymerge.routing.router_shape import TUNED
 from raymerge.routing.strategies import route
 from raymerge.runtime.router import candidate_table
 from raymerge.search.results import write_summary, write_trials
@@ -76,6 +77,7 @@ def write_router(root: Path, inputs: RoutingInputs, spread=0.3, told=None, notes
     parameters = {"k": router.shape.k, "temperature": 1.4, "self_weight": 0.24}
     merged, _ = route(RUN, parameters, dataclasses.replace(inputs, router=router))
     merged.write(storage.join(run_folder, "routing.parquet"))
+    storage.write_bytes(storage.join(folder, TUNED), b"learned_router: {strategy: learned_router}\n")
     return folder, run_folder
 
 
@@ -292,6 +294,16 @@ def test_thousands_of_personas_stay_a_page(tmp_path: Path) -> None:
     assert "The first 15 of 2,300 experts" in words(files)
 
 
+def test_until_a_router_is_tuned_the_run_there_is_not_shown_as_its_own(inputs: RoutingInputs, tmp_path: Path) -> None:
+    folder, run_folder = write_router(tmp_path, inputs)
+    tuned = read_learned(folder, run_folder)
+    storage.remove(storage.join(folder, TUNED))
+    untuned = read_learned(folder, run_folder)
+    assert tuned is not None
+    assert untuned is not None
+    assert (tuned.merged is None, untuned.merged) == (False, None)
+
+
 def test_no_router_is_none_and_a_spoilt_one_is_refused(inputs: RoutingInputs, tmp_path: Path) -> None:
     folder, run_folder = write_router(tmp_path, inputs)
     where = storage.join(folder, "candidates.parquet")
@@ -329,5 +341,5 @@ def test_compare_shows_the_router_of_its_project(project: Project, capsys: pytes
     assert "Router: bilinear, trained on 3 personas; validation loss" in capsys.readouterr().out
     page = (output / "report.html").read_text()
     assert '<section id="router">' in page
-    assert "30 trials tuned what stands around it (k " in page
+    assert "30 trials then tuned how it is used: k " in page
     assert {file.name for file in (output / "plots").iterdir()} >= FIGURES - {"router_personas.png"}

@@ -3,20 +3,23 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from raymerge.adapters import save_adapter
+from raymerge.adapters import load_adapter, save_adapter
 from raymerge.cli import main
-from raymerge.errors import AdapterError, PersonaError, ProjectError
+from raymerge.errors import AdapterError, PersonaError, ProjectError, RoutingError
 from raymerge.pipelines.merge import merge
 from raymerge.pipelines.opening import Opened, open_project
+from raymerge.pipelines.placing import Placing
 from raymerge.pipelines.router import aim_of_tuning, check, headline, held_out_from, router, train
 from raymerge.pipelines.run import run
-from raymerge.pipelines.search import find, prepare, search, with_settings
+from raymerge.pipelines.search import find, placed_for, prepare, search, with_settings
+from raymerge.recipes import parse_recipes
 from raymerge.runtime.held import HeldWorkers
 from raymerge.runtime.workers import ModelWorker
 from raymerge.search.results import Summary, read_scores, read_summary, read_trials
@@ -217,6 +220,51 @@ def test_more_trials_go_on_with_the_router_there_is(routed):
     assert (runs_of(routed) / "router/manifest.json").stat().st_mtime_ns == made
 
 
+def test_what_is_tuned_is_what_is_published_where_experts_serve_only_so_many(routed):
+    opened = trained(routed, max_in_degree=1)
+    sought = prepare(opened, aim_of_tuning(opened, check(opened)), restart=False, local=True)
+    recipe = sought.scorer.space.recipe(sought.study.ask().values)
+    few, everybody = ({}, {})
+    for found, rungs in ((few, (2, len(NAMES))), (everybody, (len(NAMES),))):
+        for task in replace(sought.scorer, rungs=rungs).parts(recipe, 0).values():
+            found |= {source.persona: source for candidate in task.candidates for source in candidate.sources}
+    assert len(few) == 2
+    assert len(everybody) == len(NAMES)
+    assert few == {name: everybody[name] for name in few}
+    alone = replace(sought.scorer.placed, inputs=replace(sought.scorer.placed.inputs, personas=sorted(few)), routed={})
+    others, _ = sought.scorer.placed.route(recipe)
+    assert any(alone.route(recipe)[0].row(name) != others.row(name) for name in few)  # for two alone it would not bind
+
+
+def test_a_recipe_without_k_asks_as_many_as_the_router_was_trained_with(routed):
+    opened = trained(routed, k=2)
+    recipes = parse_recipes({"learned": {"strategy": "learned_router"}, "one": {"strategy": "learned_router", "k": 1}})
+    placed = placed_for(opened, Placing(opened.adapters, embeddings=True, clusters=True), title="test", local=True)
+    for name, count in (("learned", 2), ("one", 1)):
+        table, _ = placed.route(recipes[name])
+        assert {len(table.row(persona)) for persona in table.personas} == {count}
+
+
+def test_a_router_of_other_embeddings_is_refused(routed):
+    trained(routed)
+    shutil.rmtree(runs_of(routed) / "_shared/clusters")  # as --refit fits them anew
+    opened = open_project(change(routed, embedding={"source": "deltas"}, recipes={}))
+    placed = placed_for(opened, Placing(opened.adapters, embeddings=True, clusters=True), title="test", local=True)
+    with pytest.raises(RoutingError, match=r"trained on other embeddings\.\nExpected texts by .*; found deltas"):
+        placed.route(parse_recipes({"learned": {"strategy": "learned_router"}})["learned"])
+
+
+def test_experts_of_several_starts_are_measured_from_the_base_by_its_merges_too(routed, capsys):
+    folder = Path(routed).parent
+    save_adapter(make_adapter("start", 60), str(folder / "start"))
+    started = load_adapter(str(folder / "adapters/p0"))
+    save_adapter(replace(started, started_from="start"), str(folder / "adapters/p0"))
+    assert router(routed, local=True) == 0
+    assert "experts were started from different adapters" in capsys.readouterr().out
+    recipe = yaml.safe_load((runs_of(routed) / "router/recipe.yaml").read_text())["learned_router"]
+    assert recipe["anchor"] == "none"
+
+
 # Cold start
 
 
@@ -287,7 +335,7 @@ def test_a_search_over_routers_and_neighbours_knows_which_router_it_asked(routed
     with HeldWorkers(sought.kinds, local=True) as held:
         scored = [sought.scorer.score(values, 0, held.carry_out) for values in sought.scorer.space.grid()]
     assert scored[0].values["experts"] == 2
-    assert 1 <= scored[1].values["experts"] <= 2  # entmax may leave one out
+    assert scored[1].values["experts"] == 2
     assert scored[0].values["similarity"] != scored[1].values["similarity"]
     prepare(open_project(routed), restart=False, local=True)
     trained(routed, seed=1)
@@ -314,6 +362,12 @@ def test_nobody_to_learn_from_or_to_ask_is_refused(routed):
         with pytest.raises(PersonaError, match=message):
             router(routed, local=True)
         (Path(routed).parent / "personas.jsonl").write_text(whole)
+    one_each = [line for line in whole.splitlines() if '"w7' not in line and '"w8' not in line and '"w9' not in line]
+    one_each = [line for line in one_each if '"validation"' not in line or "w2?" in line]
+    (Path(routed).parent / "personas.jsonl").write_text("\n".join(one_each) + "\n")
+    with pytest.raises(PersonaError, match=r"nobody has more than 1 validation .*\nrouter\.patience, which is 2"):
+        router(routed, settings={"patience": 2}, local=True)
+    (Path(routed).parent / "personas.jsonl").write_text(whole)
     with pytest.raises(AdapterError, match=r"there are 1 adapters for a router to choose among\.\n.*beside those held"):
         router(routed, settings={"held_out": 5}, local=True)
     for name in NAMES[1:]:

@@ -74,6 +74,7 @@ def read_lines(folder: Path) -> list[dict[str, str]]:
 def make_task(folder: Path, held_out: tuple[str, ...] = (), tuning_examples: int = 2, **settings: Any) -> RouterTask:
     """The item of a world; every step is checkpointed unless said otherwise."""
     return RouterTask(
+        embedding="texts by an encoder",
         folder=str(folder / "router"),
         names=NAMES,
         held_out=held_out,

@@ -126,7 +126,8 @@ class RecipeScorer:
     def parts(self, recipe: Recipe, rung: int) -> dict[str, TuneTask]:
         """What is to be scored of a recipe up to a rung, by the folder that it goes into."""
         count = self.rungs[rung]
-        among = replace(self.placed, inputs=replace(self.placed.inputs, personas=self.names[:count]), routed={})
+        asked = self.placed.inputs.personas if self.placed.routes_together(recipe) else self.names[:count]
+        among = replace(self.placed, inputs=replace(self.placed.inputs, personas=asked), routed={})
         table, _ = among.route(recipe)
         merges = merges_of(self.opened, recipe, table)
         answering = answering_of(self.opened, recipe, table, merges, {}, in_memory=True)

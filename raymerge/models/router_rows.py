@@ -46,8 +46,8 @@ def cut_shards(experts: Ints, personas: Ints, room: int | None) -> list[Shard]:
     most = max(map(len, own.values()))
     if most > room:
         raise ModelError(
-            f"the {most} candidates of one persona do not fit into memory together: there is room for {room} experts."
-            "\nLower router.candidates, or give the workers more memory."
+            f"the {most} candidates of one persona do not fit into memory together: there is room for {room} experts "
+            "in router.experts_memory.\nLower router.candidates, or raise router.experts_memory."
         )
     asking: dict[int, list[int]] = {int(expert): [] for expert in union}  # places of those who have it as candidate
     for place, persona in enumerate(personas):

@@ -38,7 +38,7 @@ def test_those_who_share_their_candidates_meet() -> None:
     shards = cut_shards(chosen, np.arange(60), 40)
     assert len(shards) == 3
     assert all(len(set(groups[shard.personas])) == 2 for shard in shards)
-    with pytest.raises(ModelError, match=r"the 8 candidates of one persona .* room for 7 experts"):
+    with pytest.raises(ModelError, match=r"the 8 candidates of one persona .* room for 7 experts in router\.exp"):
         cut_shards(chosen, np.arange(60), 7)
 
 

@@ -16,7 +16,7 @@ import torch
 
 from raymerge import storage
 from raymerge.adapters import LoraAdapter
-from raymerge.errors import ModelError, RaymergeError
+from raymerge.errors import ModelError, RaymergeError, StorageError
 from raymerge.manifest import invalidate, is_complete, write_artefact
 from raymerge.merging.difference import difference
 from raymerge.models.folded import folded
@@ -24,6 +24,7 @@ from raymerge.models.router_training import Learner, RouterProgress, TrainedRout
 from raymerge.models.training import GroupProgress
 from raymerge.personas import read_personas, render_prompt
 from raymerge.routing.router import CONFIG, Candidates, Router, allow, choose, encode_router, find_candidates, scores
+from raymerge.routing.router_shape import CANDIDATES, TUNED
 from raymerge.runtime.experts import ExpertCache, first_line
 from raymerge.runtime.router_inputs import RouterInputs, gather_router_inputs
 from raymerge.runtime.tasks import RouterTask
@@ -34,7 +35,6 @@ from raymerge.runtime.training_progress import ProgressFile
 if TYPE_CHECKING:
     from raymerge.models.base import BaseModel
 
-CANDIDATES = "candidates.parquet"
 Load = Callable[[Sequence[int]], list[LoraAdapter]]
 
 
@@ -42,10 +42,13 @@ def train_router_to_folder(task: RouterTask, worker: Any) -> dict[str, Any]:
     """Train a task's router unless it is there. One that was interrupted goes on from its last checkpoint.
 
     The result tells what people should know (`said`), and the seconds of earlier workers that a checkpoint spared this
-    one (`spared_s`). Raises what `gather_router_inputs` and `train_router` raise.
+    one (`spared_s`). The recipe that an older router was tuned to goes when a new one is begun. Raises what
+    `gather_router_inputs` and `train_router` raise; a StorageError leaves the marker of the router that is there.
     """
     try:
         inputs = gather_router_inputs(task, read_personas(task.personas), worker.dtype_name)
+    except StorageError:  # may pass, and says nothing of the router that is there
+        raise
     except RaymergeError:
         invalidate(task.folder)
         raise
@@ -54,6 +57,7 @@ def train_router_to_folder(task: RouterTask, worker: Any) -> dict[str, Any]:
         _clear(task, checkpoints)
         return {"skipped": True}
     invalidate(task.folder)
+    storage.remove(storage.join(task.folder, TUNED))
     recorder = RouterRecorder(task, inputs, checkpoints)
     candidates = find_candidates(inputs.space, inputs.shape)
     try:
@@ -175,6 +179,8 @@ def _files(
     told = {
         "settings": asdict(inputs.settings),
         "held_out": sorted(task.held_out),
+        "embedding": task.embedding,
+        "anchor": inputs.anchor,
         "history": [{k: v if math.isfinite(v) else None for k, v in epoch.items()} for epoch in trained.history],
         "best_epoch": trained.best_epoch,
     }

@@ -12,11 +12,12 @@ import torch
 
 from raymerge import storage
 from raymerge.adapters import LoraModule, save_adapter
-from raymerge.errors import AdapterError, ModelError, PersonaError, RoutingError
+from raymerge.errors import AdapterError, ModelError, PersonaError, RoutingError, StorageError
 from raymerge.manifest import is_unfinished, read_manifest
 from raymerge.merging.difference import difference
 from raymerge.models.folded import folded
 from raymerge.routing.router import read_router
+from raymerge.routing.router_shape import TUNED
 from raymerge.runtime.events import Item
 from raymerge.runtime.training_progress import LiveTrainings
 from tests.runtime.router_items import (
@@ -237,6 +238,29 @@ def test_what_cannot_be_trained_is_told_and_leaves_nothing_that_could_be_used(wo
     storage.remove(str(world / "adapters" / "cyd"))
     with pytest.raises(AdapterError, match=r"^cyd: "):
         worker.train_router(task)
+
+
+def test_a_read_that_failed_leaves_the_router_that_is_there(world, worker):
+    task = make_task(world)
+    worker.train_router(task)
+    before, mean = digests(world), world / "placing" / "mean.json"
+    content = mean.read_bytes()
+    mean.unlink()
+    with pytest.raises(StorageError):
+        worker.train_router(task)
+    assert digests(world) == before
+    mean.write_bytes(content)
+    assert worker.train_router(task) == {"skipped": True}
+
+
+def test_a_router_that_is_begun_anew_leaves_no_recipe_of_the_one_before(world, worker, monkeypatch):
+    tuned = world / "router" / TUNED
+    worker.train_router(make_task(world))
+    tuned.write_text("strategy: learned\n")
+    assert worker.train_router(make_task(world)) == {"skipped": True}
+    assert tuned.exists()
+    run_stopped(make_task(world, learning_rate=0.2), worker, 1, monkeypatch)
+    assert not tuned.exists()
 
 
 def test_a_row_without_an_answer_is_named_by_its_persona(world, tiny_llama):

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raymerge import storage
+from raymerge.merging.scale import MOST_OFFSET
 from raymerge.merging.settings import depths
 from raymerge.models.router_passes import Mixtures
 from raymerge.models.router_settings import RouterSettings
@@ -30,6 +31,11 @@ class Learned(nn.Module):
         few = [self.log_scale, *([self.offsets] if len(self.offsets) else [])]
         return [{"params": list(self.network.parameters())}, {"params": few, "weight_decay": 0.0}]
 
+    @torch.no_grad()
+    def keep_offsets(self) -> None:
+        """Put offsets that have grown beyond what a recipe may say back to the largest that it may."""
+        self.offsets.clamp_(-MOST_OFFSET, MOST_OFFSET)
+
     def tensors(self) -> dict[str, Tensor]:
         """A copy on the CPU, by name."""
         return {name: tensor.detach().cpu().clone() for name, tensor in self.state_dict().items()}
@@ -38,7 +44,8 @@ class Learned(nn.Module):
 class Routing:
     """Personas and their candidates, as a router that learns sees them.
 
-    vectors: queries (P, d) and keys (N, d). modules: of the base, sorted; they have a factor each where offsets learn.
+    vectors: queries (P, d) and keys (N, d). modules: those that some expert changes, as merges see them: they have a
+    factor each where offsets learn, and among them the last layer is the deepest.
     """
 
     def __init__(

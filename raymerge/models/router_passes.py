@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from raymerge.adapters.adapter import LoraAdapter
+from raymerge.adapters.adapter import LoraAdapter, ModuleHeader
 from raymerge.errors import ModelError
 from raymerge.merging.gram import gram
 from raymerge.models.answers import AnswerHead
@@ -20,14 +20,19 @@ from raymerge.models.layers import compute_dtype, frozen_weight, is_quantised, l
 from raymerge.models.multilora import MultiLora
 from raymerge.models.products import frozen_layer
 from raymerge.models.router_rows import Shard
-from raymerge.models.training.memory import fitting_rows
+from raymerge.models.training.memory import TooLittleMemoryError, fitting_rows, ran_out, reason_of
 from raymerge.models.training.rows import Limits, Portion, Taken, plan, portion
 
 T = TypeVar("T")
 
-Load = Callable[[Sequence[int]], Sequence[LoraAdapter]]
 
-_PROBED = 64  # adapters whose headers are in memory at a time
+@dataclass(frozen=True)
+class Experts:
+    """Experts by their numbers. load: some of them, in that order, whose modules may be read more than once. headers:
+    of one, by module, without reading a weight."""
+
+    load: Callable[[Sequence[int]], Sequence[LoraAdapter]]
+    headers: Callable[[int], Mapping[str, ModuleHeader]]
 
 
 @dataclass(frozen=True)
@@ -51,34 +56,41 @@ class Gradients:
     tokens: int
 
 
-def bytes_of_each(base: BaseModel, numbers: Sequence[int], load: Load) -> int:
-    """What a resident expert takes, with ranks padded to the largest of all: bytes. Reads headers, and few at a time.
+def bytes_by_module(base: BaseModel, numbers: Sequence[int], experts: Experts) -> dict[str, int]:
+    """What a resident expert takes in each module that some expert changes, ranks padded to the largest of all: bytes
+    by module, sorted. Reads headers alone.
 
     numbers: of the experts that may be resident.
     """
     linear = linear_modules(base.model)
     widest: dict[str, int] = {}
-    for begin in range(0, len(numbers), _PROBED):
-        for adapter in load(numbers[begin : begin + _PROBED]):
-            for path, header in adapter.headers.items():
-                item = compute_dtype(base.model, linear[path]).itemsize if path in linear else 4
-                widest[path] = max(widest.get(path, 0), header.rank * sum(header.shape) * item)
-    return sum(widest.values())
+    for number in numbers:
+        for path, header in experts.headers(number).items():
+            item = compute_dtype(base.model, linear[path]).itemsize if path in linear else 4
+            widest[path] = max(widest.get(path, 0), header.rank * sum(header.shape) * item)
+    return dict(sorted(widest.items()))
 
 
 class Passes:
     """A base model with the experts of one shard, at limits that memory has been found to allow.
 
-    names: of the personas, for errors. modules: those that may differ in strength, in the order of `Mixtures.factors`.
+    names: of the personas, for errors. modules: those that some expert changes, in the order of `Mixtures.factors`.
     rows: of one persona at once in a validation, at most.
     """
 
     def __init__(
-        self, base: BaseModel, names: Sequence[str], load: Load, limits: Limits, rows: int, said: Callable[[str], None]
+        self,
+        base: BaseModel,
+        names: Sequence[str],
+        experts: Experts,
+        modules: Sequence[str],
+        limits: Limits,
+        rows: int,
+        said: Callable[[str], None],
     ) -> None:
         self.limits = limits
-        self.modules = tuple(sorted(linear_modules(base.model)))
-        self._base, self._names, self._load, self._rows, self._said = base, names, load, rows, said
+        self.modules = tuple(modules)
+        self._base, self._names, self._experts, self._rows, self._said = base, names, experts, rows, said
         self._lora = MultiLora(base.model)
         self._head = AnswerHead(base)
         self._resident: Shard | None = None
@@ -100,19 +112,33 @@ class Passes:
                 restore()
 
     def bring(self, shard: Shard) -> Tensor:
-        """Make the experts of a shard resident; the inner products of their deltas, float32 (n, n)."""
-        key = shard.experts.tobytes()
+        """Make the experts of a shard resident; the inner products of their deltas, float32 (n, n).
+
+        Raises ModelError if memory does not hold them together, or the norm of one is not finite.
+        """
         if self._resident is not shard:
             self._resident = None
             self._lora.detach()  # the memory of those before is free first
-            adapters = self._load(shard.experts.tolist())
-            self._lora.load(adapters)
-            linear, head = linear_modules(self._base.model), self._base.model.get_output_embeddings()
-            self._head = AnswerHead(self._base, adapted=any(linear[n] is head for n in self._lora.module_names))
-            if key not in self._products:
-                self._products[key] = _products(adapters).to(self._base.device)
+            try:
+                self._take(shard)
+            except (RuntimeError, MemoryError) as error:
+                if not ran_out(error):
+                    raise
+                raise ModelError(
+                    f"{len(shard.experts)} experts do not fit into memory together.\n{reason_of(error)}\n"
+                    "Set router.experts_memory to less than is free, or lower router.candidates."
+                ) from error
             self._resident = shard
-        return self._products[key]
+        return self._products[shard.experts.tobytes()]
+
+    def _take(self, shard: Shard) -> None:
+        adapters = self._experts.load(shard.experts.tolist())
+        self._lora.load(adapters)
+        linear, head = linear_modules(self._base.model), self._base.model.get_output_embeddings()
+        self._head = AnswerHead(self._base, adapted=any(linear[n] is head for n in self._lora.module_names))
+        key = shard.experts.tobytes()
+        if key not in self._products:
+            self._products[key] = _products(adapters).to(self._base.device)
 
     def losses(self, personas: Sequence[int], taken: Mapping[int, Taken], mixtures: Mixtures) -> Gradients:
         """Losses of personas, and the gradients of their mean.
@@ -162,7 +188,21 @@ class Passes:
     def _fitting(self, taken: Mapping[int, Taken], compute: Callable[[Limits], T], most: int | None) -> T:
         """compute at the limits of memory. most: rows of a persona at once, whatever memory allows."""
         kind = self._base.device.type
-        found, self.limits = fitting_rows(compute, self.limits, taken, kind, self._said, most=most)
+        try:
+            found, limits = fitting_rows(compute, self.limits, taken, kind, lambda _: None, most=most)
+        except TooLittleMemoryError as error:
+            _, reason, *_ = str(error).splitlines()
+            resident = f"{len(self._lora.names)} experts ({math.ceil(self._lora.nbytes / 2**20):,} MiB)"
+            raise ModelError(
+                f"memory runs out at one row of one persona, beside {resident}.\n{reason}\n"
+                "Set router.experts_memory so that fewer experts are in memory at a time, lower router.k, or set "
+                "hardware.dtype to one of fewer bytes; a larger GPU helps too."
+            ) from error
+        if limits.rows != self.limits.rows:
+            self._said(f"memory ran out at the rows of a persona: {limits.rows} at once from now on, accumulated")
+        if limits.slots != self.limits.slots:
+            self._said(f"memory ran out at the rows of several personas: those of {limits.slots} from now on, in turn")
+        self.limits = limits
         return found
 
     def _nats(self, part: Portion, places: Tensor, mixtures: Mixtures) -> Tensor:

@@ -19,7 +19,7 @@ from raymerge import storage
 from raymerge.errors import ModelError
 from raymerge.models.base import BaseModel
 from raymerge.models.router_learned import Routing, digest_arrays, entropy_of
-from raymerge.models.router_passes import Load, Mixtures, Passes, bytes_of_each
+from raymerge.models.router_passes import Experts, Mixtures, Passes, bytes_by_module
 from raymerge.models.router_rows import Shard, Step, cut_shards, steps_of_epoch
 from raymerge.models.router_settings import (
     Learner,
@@ -45,7 +45,7 @@ def train_router(
     queries: NDArray[np.float32],
     keys: NDArray[np.float32],
     candidates: Candidates,
-    load: Load,
+    experts: Experts,
     shape: RouterShape,
     settings: RouterSettings,
     watch: RouterWatch,
@@ -56,19 +56,20 @@ def train_router(
     """Train a router on the rows of those learners that have any.
 
     queries: (P, d), keys: (N, d), as in Space; row p of queries and candidates belongs to learners[p].
-    load: adapters of some experts by their numbers in keys. Weights of a persona: those of `choose`, times match_norm
-    of the experts it chose, times a learned scale. Loss: mean cross entropy over the answer tokens (the end token
-    included) of a persona's rows in the step, mean over personas. Optimiser: AdamW (Loshchilov and Hutter 2019).
+    experts: by their numbers in keys. Weights of a persona: those of `choose`, times match_norm of the experts it
+    chose, times a learned scale, times factors by depth if the settings have `layers`: depths are those of a merge of
+    all candidates. Loss: mean cross entropy over the answer tokens (the end token included) of a persona's rows in the
+    step, mean over personas. Optimiser: AdamW (Loshchilov and Hutter 2019).
     state: a checkpoint to go on from; on one machine the result has the very bytes of a training without interruption.
     experts_bytes: of factors that are resident at a time. Where all candidates are more, personas that share theirs
     learn together, in turn with others; each still has all of its candidates.
-    Raises ModelError if settings are impossible, nobody has rows, candidates or a state do not fit, a loss is not
-    finite, or memory runs out at one row.
+    Raises ModelError if settings are impossible, nobody has rows and candidates, a state does not fit, a loss is not
+    finite, or memory holds neither the experts together nor one row beside them.
     """
     sizes = {"queries": len(queries), "candidates": len(candidates.experts)}
     outputs = (len(shape.experts), len(keys)) if shape.network == "mlp" else None
     check_training(learners, settings, sizes, outputs)
-    training = _Training(base, learners, (queries, keys), candidates, load, shape, settings, watch, experts_bytes)
+    training = _Training(base, learners, (queries, keys), candidates, experts, shape, settings, watch, experts_bytes)
     if state is not None:
         training.go_on(state)
     del state
@@ -84,7 +85,7 @@ class _Training:
         learners: Sequence[Learner],
         vectors: tuple[NDArray[np.float32], NDArray[np.float32]],
         candidates: Candidates,
-        load: Load,
+        experts: Experts,
         shape: RouterShape,
         settings: RouterSettings,
         watch: RouterWatch,
@@ -96,16 +97,13 @@ class _Training:
             encode(base, one.validation, _ROWS, f"{one.name}: validation") if one.validation else None
             for one in learners
         ]
-        known = (candidates.experts >= 0).any(1)
-        asked = np.array([bool(one.rows or one.validation) for one in learners])
-        if lonely := int((asked & ~known).sum()):
-            watch.said(f"{lonely} personas have no expert to choose from: the router learns without them")
-        if not (asked & known).any():
-            raise ModelError("no persona with examples has an expert to choose from.\nA router chooses among others'.")
-        self.personas: list[int] = np.flatnonzero(asked & known).tolist()
-        self.shards = _shards(base, candidates, self.personas, load, experts_bytes, watch)
         names = [one.name for one in learners]
-        self.passes = Passes(base, names, load, Limits(), settings.rows_per_persona, watch.said)
+        self.personas = _who_learns(learners, candidates, watch)
+        union = np.unique(candidates.experts[self.personas])
+        sizes = bytes_by_module(base, union[union >= 0].tolist(), experts)
+        room = None if experts_bytes is None else experts_bytes // max(1, sum(sizes.values()))
+        self.shards = _shards(candidates, self.personas, room, watch)
+        self.passes = Passes(base, names, experts, list(sizes), Limits(), settings.rows_per_persona, watch.said)
         self.routing = Routing(shape, settings, vectors, candidates, self.passes.modules, base.device)
         self.learned = self.routing.learned
         self.optimiser = torch.optim.AdamW(
@@ -209,6 +207,7 @@ class _Training:
         for part in self.optimiser.param_groups:
             part["lr"] = self.settings.learning_rate * 0.5 * (1 + math.cos(math.pi * self.course.step / self.steps))
         self.optimiser.step()
+        self.learned.keep_offsets()
         return float(found.losses.mean()), float(entropy.detach()), found.tokens
 
     @torch.no_grad()
@@ -258,18 +257,23 @@ class _Training:
         return encode_course(self.course, self.learned.tensors(), moments, self.identity)
 
 
-def _shards(
-    base: BaseModel,
-    candidates: Candidates,
-    personas: Sequence[int],
-    load: Load,
-    experts_bytes: int | None,
-    watch: RouterWatch,
-) -> list[Shard]:
-    room = None
-    if experts_bytes is not None:
-        union = np.unique(candidates.experts[personas])
-        room = experts_bytes // max(1, bytes_of_each(base, union[union >= 0].tolist(), load))
+def _who_learns(learners: Sequence[Learner], candidates: Candidates, watch: RouterWatch) -> list[int]:
+    """Who has rows of either kind, and experts to choose from; somebody has them with rows to learn from."""
+    known = (candidates.experts >= 0).any(1)
+    asked = np.array([bool(one.rows or one.validation) for one in learners])
+    if not (known & np.array([bool(one.rows) for one in learners])).any():
+        raise ModelError(
+            "no persona with training examples has an expert to choose from.\n"
+            "Expected adapters of others that it may have: add some, or set router.scope to all."
+        )
+    if lonely := [learners[p].name for p in np.flatnonzero(asked & ~known).tolist()]:
+        count = f" ({len(lonely)} such personas)" if len(lonely) > 1 else ""
+        watch.said(f"{lonely[0]}: has no expert to choose from, and the router learns without it{count}")
+    found: list[int] = np.flatnonzero(asked & known).tolist()
+    return found
+
+
+def _shards(candidates: Candidates, personas: Sequence[int], room: int | None, watch: RouterWatch) -> list[Shard]:
     shards = cut_shards(candidates.experts, np.array(personas), room)
     if len(shards) > 1:
         most = max(len(shard.experts) for shard in shards)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,10 +17,12 @@ import torch
 
 from raymerge import storage
 from raymerge.adapters import LoraAdapter
+from raymerge.adapters.adapter import ModuleHeader
 from raymerge.errors import ModelError, RaymergeError, StorageError
 from raymerge.manifest import invalidate, is_complete, write_artefact
 from raymerge.merging.difference import difference
 from raymerge.models.folded import folded
+from raymerge.models.router_passes import Experts
 from raymerge.models.router_training import Learner, RouterProgress, TrainedRouter, train_router
 from raymerge.models.training import GroupProgress
 from raymerge.personas import read_personas, render_prompt
@@ -34,8 +37,6 @@ from raymerge.runtime.training_progress import ProgressFile
 
 if TYPE_CHECKING:
     from raymerge.models.base import BaseModel
-
-Load = Callable[[Sequence[int]], list[LoraAdapter]]
 
 
 def train_router_to_folder(task: RouterTask, worker: Any) -> dict[str, Any]:
@@ -85,9 +86,9 @@ def _train(
         for name, group in inputs.groups.items()
     ]  # fmt: skip
     queries, keys = inputs.space.queries, inputs.space.keys
-    with _experts(task, inputs, base, worker.cache, recorder.said) as load:
+    with _experts(task, inputs, base, worker.cache, recorder.said) as experts:
         return train_router(
-            base, learners, queries, keys, candidates, load, inputs.shape, inputs.settings, recorder,
+            base, learners, queries, keys, candidates, experts, inputs.shape, inputs.settings, recorder,
             recorder.take_state(), experts_bytes=task.experts_bytes,
         )  # fmt: skip
 
@@ -95,13 +96,14 @@ def _train(
 @contextmanager
 def _experts(
     task: RouterTask, inputs: RouterInputs, base: BaseModel, cache: ExpertCache, said: Callable[[str], None]
-) -> Iterator[Load]:
-    """What reads experts by number. Where all of them were started from one adapter, merges measure them from it: so
-    then do these, and the base has it in its weights."""
+) -> Iterator[Experts]:
+    """Experts by number, read module by module, so that none is kept beside those that the model holds. Where all of
+    them were started from one adapter, merges measure them from it: so then do these, and the base has it in its
+    weights."""
 
-    def read(number: int) -> LoraAdapter:
+    def opened(number: int) -> LoraAdapter:
         expert = inputs.experts[number]
-        return cache.read(expert.name, expert.location, digest=expert.digest, base=task.base)
+        return cache.open(expert.name, expert.location, digest=expert.digest, base=task.base)
 
     if inputs.start is None or base.quantization != "none":
         if inputs.start is not None:
@@ -109,11 +111,27 @@ def _experts(
                 f"experts are measured from the base, not from {inputs.start[0]}, which cannot be added to weights in "
                 f"{base.quantization}: the scale that is learned fits their merges less well"
             )
-        yield lambda numbers: [read(number) for number in numbers]
+        yield Experts(lambda numbers: [opened(number) for number in numbers], lambda number: opened(number).headers)
         return
     anchor = cache.read("anchor", inputs.start[0], digest=inputs.start[1], base=task.base)
     with folded(base, anchor):
-        yield lambda numbers: [difference(read(number), anchor) for number in numbers]
+        yield Experts(
+            lambda numbers: [difference(opened(number), anchor) for number in numbers],
+            lambda number: headers_of_difference(opened(number).headers, anchor.headers),
+        )
+
+
+def headers_of_difference(
+    own: Mapping[str, ModuleHeader], start: Mapping[str, ModuleHeader]
+) -> dict[str, ModuleHeader]:
+    """The headers of what `difference` makes of two adapters, by module, from theirs."""
+    found = {}
+    for path in sorted({*own, *start}):
+        parts = [headers[path] for headers in (own, start) if path in headers]
+        dtype = reduce(torch.promote_types, [part.dtype for part in parts], torch.float32)
+        rank, (outer, inner) = sum(part.rank for part in parts), parts[0].shape
+        found[path] = ModuleHeader(rank, inner, outer, 1.0, dtype, rank * (inner + outer) * dtype.itemsize)
+    return found
 
 
 class RouterRecorder:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from raymerge.adapters.adapter import LoraAdapter
 from raymerge.models.base import BaseModel
+from raymerge.models.router_passes import Experts
 from raymerge.models.router_training import Learner, RouterProgress, RouterSettings, TrainedRouter, train_router
 from raymerge.models.training import TrainingGroup, TrainingSettings, train
 from raymerge.routing.router import Candidates, RouterShape, choose, scores
@@ -65,9 +66,12 @@ class World:
         experts_bytes: int | None = None,
     ) -> TrainedRouter:
         return train_router(
-            self.base, self.learners, self.vectors, self.vectors, candidates or self.candidates(), self.load, shape,
-            settings, watch or Watch(), state, experts_bytes=experts_bytes,
+            self.base, self.learners, self.vectors, self.vectors, candidates or self.candidates(), self.by_number(),
+            shape, settings, watch or Watch(), state, experts_bytes=experts_bytes,
         )  # fmt: skip
+
+    def by_number(self) -> Experts:
+        return Experts(self.load, lambda number: self.experts[number].headers)
 
     def weights(self, trained: TrainedRouter, shape: RouterShape = SHAPE) -> NDArray[np.float32]:
         """What each persona has of each expert: (personas, experts)."""

@@ -1,10 +1,12 @@
 """A router that learns through the frozen base: it finds who fits, keeps its limits, and goes on where it was."""
 
+import copy
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -12,21 +14,26 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from raymerge.adapters.adapter import LoraAdapter, LoraModule
 from raymerge.errors import ModelError
 from raymerge.merging.gram import gram
-from raymerge.merging.scale import by_depth
+from raymerge.merging.merge import merge
+from raymerge.merging.scale import MOST_OFFSET, by_depth, parse_offsets
 from raymerge.merging.settings import depths, value_at
 from raymerge.models.base import BaseModel
 from raymerge.models.layers import linear_modules
 from raymerge.models.multilora import MultiLora
 from raymerge.models.router_learned import Routing
-from raymerge.models.router_passes import Passes
+from raymerge.models.router_passes import Passes, bytes_by_module
 from raymerge.models.router_training import Learner, RouterSettings, TrainedRouter
 from raymerge.models.training.rows import Limits, Taken, encode
 from raymerge.models.training.settings import TrainingSettings
-from raymerge.routing.router import make_network
+from raymerge.routing.clusters import Clusters
+from raymerge.routing.embeddings import make_embeddings
+from raymerge.routing.inputs import RoutingInputs, check_inputs, make_space
+from raymerge.routing.router import find_candidates, make_network
 from tests.models.router_world import (
     ANSWERS,
     PER_GROUP,
@@ -66,18 +73,40 @@ def own_group(table: Any) -> float:
     return float((table * (numbers[:, None] % 2 == numbers % 2)).sum(1).mean())
 
 
+class Pass(NamedTuple):
+    """A pass through the model. personas: of its batch, in whose order the groups of a pass stand if it is the only
+    one. experts: names, int64 (groups, k) into them, and weights (groups, k). factors: by module."""
+
+    personas: list[int]
+    names: tuple[str, ...]
+    experts: Tensor
+    weights: Tensor
+    factors: dict[str, float]
+
+
 @contextmanager
-def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Experts and weights of each pass through the model."""
-    found: list[tuple[Tensor, Tensor]] = []
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Pass]]:
+    """Every pass through the model."""
+    found: list[Pass] = []
+    batch: list[int] = []
     original = MultiLora.weighted
 
     def weighted(lora: MultiLora, experts: Tensor, weights: Tensor, factors: Mapping[str, Tensor] | None = None) -> Any:
-        found.append((experts.clone(), weights.detach().clone()))
+        own = {name: float(factor.detach()) for name, factor in (factors or {}).items()}
+        found.append(Pass(list(batch), lora.names, experts.clone(), weights.detach().clone(), own))
         return original(lora, experts, weights, factors)
+
+    def noting(method: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(passes: Passes, personas: Sequence[int], *more: Any) -> Any:
+            batch[:] = personas
+            return method(passes, personas, *more)
+
+        return noted
 
     with monkeypatch.context() as patch:
         patch.setattr(MultiLora, "weighted", weighted)
+        for name in ("losses", "validation"):
+            patch.setattr(Passes, name, noting(getattr(Passes, name)))
         yield found
 
 
@@ -159,10 +188,20 @@ def test_a_state_of_another_training_is_refused(world: World) -> None:
 
 
 def test_nobody_runs_with_its_own_expert(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = tuple(one.name for one in world.learners)
+    labels = {name: f"cluster_{i % 2}" for i, name in enumerate(names)}
+    inputs = RoutingInputs(names, names, make_embeddings(names, world.vectors), Clusters(labels))
+    known = find_candidates(make_space(check_inputs(inputs), centred=False)[0], SHAPE)
     with recorded(monkeypatch) as passes:
-        world.train(replace(SETTINGS, epochs=1, personas_per_step=1))
-    groups = [set(experts[0].tolist()) for experts, weights in passes if (weights > 0).all()]
-    assert len(groups) == len(passes) > COUNT
+        world.train(replace(SETTINGS, epochs=2, personas_per_step=1), candidates=known)
+    ran: dict[int, set[str]] = {}
+    for one in passes:
+        (persona,), (experts,), (weights,) = one.personas, one.experts, one.weights
+        ran.setdefault(persona, set()).update(one.names[i] for i in experts[weights > 0].tolist())
+    assert sorted(ran) == list(range(COUNT))
+    for persona, met in ran.items():
+        assert len(met) >= SHAPE.k
+        assert names[persona] not in met
     alone = replace(world, learners=tuple(one if i == 2 else Learner(one.name) for i, one in enumerate(world.learners)))
     alone.loads.clear()
     alone.train(replace(SETTINGS, epochs=1))
@@ -176,7 +215,7 @@ def test_shards_have_the_same_candidates_and_learn_as_much(world: World) -> None
     assert world.loads == [tuple(range(COUNT))]
     world.loads.clear()
     parts = world.train(chosen, shape, watch, candidates=known, experts_bytes=5 * bytes_of(world.experts[0]))
-    shards = set(world.loads[1:])
+    shards = set(world.loads)
     assert len(shards) > 1
     assert max(map(len, shards)) <= 5
     assert set().union(*shards) == set(range(COUNT))
@@ -188,8 +227,8 @@ def test_shards_have_the_same_candidates_and_learn_as_much(world: World) -> None
     best, gained = whole.history[whole.best_epoch]["validation"], whole.history[0]["validation"]
     assert parts.history[parts.best_epoch]["validation"] - best < 0.1 * (gained - best)
     # before training, then each epoch's steps and its validation; the resident shard is never loaded again
-    assert len(world.loads) - 1 <= len(shards) * (1 + 2 * chosen.epochs)
-    assert all(one != other for one, other in zip(world.loads[1:], world.loads[2:], strict=False))
+    assert len(world.loads) <= len(shards) * (1 + 2 * chosen.epochs)
+    assert all(one != other for one, other in itertools.pairwise(world.loads))
     with pytest.raises(ModelError, match=r"the 3 candidates of one persona do not fit .* room for 2 experts"):
         world.train(chosen, shape, candidates=known, experts_bytes=2 * bytes_of(world.experts[0]))
 
@@ -198,11 +237,11 @@ def test_no_expert_serves_more_than_it_may(world: World, monkeypatch: pytest.Mon
     shape = replace(SHAPE, k=2, max_in_degree=2)
     with recorded(monkeypatch) as passes:
         world.train(replace(SETTINGS, epochs=3, personas_per_step=COUNT), shape)
-    served = [torch.bincount(experts[weights > 0], minlength=COUNT).max() for experts, weights in passes]
+    served = [torch.bincount(one.experts[one.weights > 0], minlength=COUNT).max() for one in passes]
     assert max(served) == 2
     with recorded(monkeypatch) as passes:
         world.train(replace(SETTINGS, epochs=3, personas_per_step=COUNT), replace(shape, max_in_degree=None))
-    assert max(torch.bincount(experts.flatten(), minlength=COUNT).max() for experts, _ in passes) > 2
+    assert max(torch.bincount(one.experts.flatten(), minlength=COUNT).max() for one in passes) > 2
 
 
 def test_who_is_held_out_is_never_looked_at(world: World) -> None:
@@ -232,6 +271,49 @@ def test_offsets_by_depth_are_learned_and_penalised(world: World) -> None:
     assert len(free.layers) == len(bound.layers) == 3
     assert sizes[0] > 1e-2
     assert sizes[1] < 0.05 * sizes[0]
+
+
+def test_offsets_stay_within_what_a_recipe_may_say(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    some = replace(world, learners=tuple(replace(one, validation=()) for one in world.learners))
+    with recorded(monkeypatch) as passes:
+        trained = some.train(replace(SETTINGS, layers=3, layers_penalty=0.0, learning_rate=1.0, personas_per_step=1))
+    largest = max(abs(math.log(factor)) for one in passes for factor in one.factors.values())
+    assert largest == pytest.approx(MOST_OFFSET)
+    assert parse_offsets({"layers": list(trained.layers)}) == {"layers": list(trained.layers)}
+
+
+def test_offsets_mean_the_same_depths_in_a_merge_where_experts_leave_layers_out(
+    world: World, base: BaseModel, make_adapter: Callable[..., LoraAdapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers 0 to 2 of 5: a merge knows of no deeper one, so the third has the last offset."""
+    deeper = AutoModelForCausalLM.from_config(replace_layers(base.model.config, 5)).eval().requires_grad_(False)
+    base = replace(base, model=deeper)
+    outside = ("layers.3.", "layers.4.")
+    whole = [make_adapter(base, number, rank=2) for number in range(COUNT)]
+    experts = [
+        replace(one, name=f"p{i}", modules={p: m for p, m in one.modules.items() if not any(o in p for o in outside)})
+        for i, one in enumerate(whole)
+    ]
+    chosen = replace(SETTINGS, layers=3, layers_penalty=0.0, epochs=1)
+    with recorded(monkeypatch) as passes:
+        trained = replace(with_random_experts(world, experts), base=base).train(chosen)
+    assert trained.best_epoch == chosen.epochs  # so that the last passes are those of what is returned
+    last = passes[-1]
+    contributors = [experts[i] for i in last.experts[0].tolist()]
+    weights = last.weights[0].tolist()
+    merged = merge(contributors, [by_depth(weight, trained.layers) for weight in weights], rank="exact")
+    assert max(trained.layers) - min(trained.layers) > 0.05
+    for path, module in merged.modules.items():
+        parts = zip(weights, contributors, strict=True)
+        ran = sum(last.factors[path] * weight * expert.modules[path].delta() for weight, expert in parts)
+        torch.testing.assert_close(module.delta(), ran, rtol=1e-4, atol=1e-5)
+
+
+def replace_layers(config: Any, layers: int) -> Any:
+    """A copy of a model's configuration with another number of layers."""
+    changed = copy.deepcopy(config)
+    changed.num_hidden_layers, changed.layer_types = layers, None
+    return changed
 
 
 @given(st.lists(st.floats(-1, 1), min_size=2, max_size=5))
@@ -269,7 +351,8 @@ def test_a_mixture_has_the_norm_of_its_experts(
 def test_gradients_are_those_of_finite_differences(world: World) -> None:
     known, chosen = world.candidates(), replace(SETTINGS, layers=2)
     names = [one.name for one in world.learners]
-    passes = Passes(world.base, names, world.load, Limits(), 2, print)
+    modules = tuple(bytes_by_module(world.base, range(COUNT), world.by_number()))
+    passes = Passes(world.base, names, world.by_number(), modules, Limits(), 2, print)
     routing = Routing(SHAPE, chosen, (world.vectors, world.vectors), known, passes.modules, world.base.device)
     rows = [encode(world.base, one.rows, TrainingSettings(), one.name) for one in world.learners]
     taken = {place: Taken(own, np.arange(len(own))) for place, own in enumerate(rows)}
@@ -374,13 +457,50 @@ def test_rows_that_memory_has_no_room_for_go_in_turn(world: World) -> None:
         assert_same_router(world.train(chosen, watch=later, state=watch.states[0]), found)
     finally:
         hook.remove()
-    assert set(watch.texts) == {
-        "memory ran out at one row of 3 adapters at once: 1 from now on, in turn",
-        "memory ran out at 2 rows of an adapter at once: 1 from now on, accumulated",
-    }
+    assert sorted(watch.texts) == [
+        "memory ran out at the rows of a persona: 1 at once from now on, accumulated",
+        "memory ran out at the rows of several personas: those of 1 from now on, in turn",
+    ]
     assert later.texts == []
     for name, tensor in wanted.network.state_dict().items():
         torch.testing.assert_close(found.network.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_what_memory_cannot_hold_is_told_with_what_a_router_could_change(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has ...")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MultiLora, "weighted", run_out)
+        with pytest.raises(ModelError) as caught:
+            world.train()
+    assert str(caught.value).splitlines() == [
+        "memory runs out at one row of one persona, beside 8 experts (1 MiB).",
+        "CUDA out of memory. Tried to allocate 2 GiB.",
+        "Set router.experts_memory so that fewer experts are in memory at a time, lower router.k, or set "
+        "hardware.dtype to one of fewer bytes; a larger GPU helps too.",
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(MultiLora, "load", run_out)
+        with pytest.raises(ModelError) as caught:
+            world.train()
+    assert str(caught.value).splitlines() == [
+        "8 experts do not fit into memory together.",
+        "CUDA out of memory. Tried to allocate 2 GiB.",
+        "Set router.experts_memory to less than is free, or lower router.candidates.",
+    ]
+    assert not any("forward" in layer.__dict__ for layer in linear_modules(world.base.model).values())
+
+
+def test_an_error_that_is_not_of_memory_stays_what_it_is(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_down(*_: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(MultiLora, "load", break_down)
+    with pytest.raises(RuntimeError, match=r"^CUDA error: an illegal memory access"):
+        world.train()
 
 
 def test_a_base_in_bfloat16_learns_too(world: World, base: BaseModel) -> None:
@@ -424,9 +544,19 @@ def test_inputs_that_do_not_fit_are_refused(world: World) -> None:
         replace(world, learners=tuple(Learner(one.name) for one in world.learners)).train()
     known = world.candidates()
     nobody = replace(known, experts=np.full_like(known.experts, -1))
-    with pytest.raises(ModelError, match="no persona with examples has an expert to choose from"):
+    with pytest.raises(ModelError, match="no persona with training examples has an expert to choose from"):
         world.train(candidates=nobody)
-    known.experts[2] = -1
-    watch = Watch()
-    world.train(replace(SETTINGS, epochs=1), watch=watch, candidates=known)
-    assert watch.texts == ["1 personas have no expert to choose from: the router learns without them"]
+    only = replace(known, experts=known.experts.copy())
+    only.experts[:7] = -1
+    learners = (*world.learners[:7], replace(world.learners[7], rows=()))  # who validates, and teaches nothing
+    with pytest.raises(ModelError, match="no persona with training examples has an expert to choose from"):
+        replace(world, learners=learners).train(candidates=only)
+
+
+def test_who_has_no_expert_to_choose_from_is_named(world: World) -> None:
+    known, watch = world.candidates(), Watch()
+    for lonely in (6, 2):
+        known.experts[lonely] = -1
+        world.train(replace(SETTINGS, epochs=1), watch=watch, candidates=known)
+    said = "has no expert to choose from, and the router learns without it"
+    assert watch.texts == [f"p6: {said}", f"p2: {said} (2 such personas)"]

@@ -12,17 +12,21 @@ import torch
 
 from raymerge import storage
 from raymerge.adapters import LoraModule, save_adapter
+from raymerge.adapters.stored import StoredPeftModules
 from raymerge.errors import AdapterError, ModelError, PersonaError, RoutingError, StorageError
 from raymerge.manifest import is_unfinished, read_manifest
 from raymerge.merging.difference import difference
+from raymerge.models import router_training
 from raymerge.models.folded import folded
 from raymerge.routing.router import read_router
 from raymerge.routing.router_shape import TUNED
 from raymerge.runtime.events import Item
+from raymerge.runtime.router import headers_of_difference
 from raymerge.runtime.training_progress import LiveTrainings
 from tests.runtime.router_items import (
     NAMES,
     STEPS,
+    Stopped,
     digests,
     make_task,
     random_adapter,
@@ -205,6 +209,44 @@ def test_experts_of_one_start_are_measured_from_it(tmp_path, worker):
     for persona, lines in candidates(started).items():
         assert column(lines, "expert") == column(theirs[persona], "expert")
         assert column(lines, "learned") == pytest.approx(column(theirs[persona], "learned"), abs=1e-2)
+
+
+@pytest.mark.parametrize("started", [False, True], ids=["of the base", "of a start"])
+def test_what_experts_take_is_read_off_their_headers(world, worker, monkeypatch, started):
+    if started:
+        save_adapter(random_adapter(worker.base, "start", 99), str(world / "start"))
+        for number, name in enumerate(NAMES):
+            own = random_adapter(worker.base, name, number, started_from="start")
+            save_adapter(own, str(world / "adapters" / name))
+    read: list[str] = []
+    original = StoredPeftModules.__getitem__
+
+    def noting(modules, path):
+        read.append(modules._where)
+        return original(modules, path)
+
+    monkeypatch.setattr(StoredPeftModules, "__getitem__", noting)
+    sizes: list[int | None] = []
+
+    def stopping(experts, personas, room):
+        sizes.append(room)
+        raise Stopped
+
+    monkeypatch.setattr(router_training, "cut_shards", stopping)
+    own = random_adapter(worker.base, "one", 0).nbytes
+    with pytest.raises(Stopped):
+        worker.train_router(replace(make_task(world), experts_bytes=10 * own))
+    assert sizes == [5 if started else 10]  # side by side with the start's, ranks are twice as large
+    assert set(read) == ({"anchor: adapter_model.safetensors"} if started else set())
+
+
+def test_a_difference_has_the_headers_that_are_foretold(worker):
+    own, start = random_adapter(worker.base, "one", 0, rank=3), random_adapter(worker.base, "start", 1)
+    paths = list(own.modules)
+    own = replace(own, modules={path: own.modules[path] for path in paths[1:]})
+    half = {p: LoraModule(m.A.half(), m.B.double(), 0.5) for p, m in start.modules.items() if p != paths[-1]}
+    start = replace(start, modules=half)
+    assert headers_of_difference(own.headers, start.headers) == difference(own, start).headers
 
 
 def test_without_validation_rows_the_last_epoch_is_kept(world, worker):

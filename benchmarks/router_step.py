@@ -1,4 +1,4 @@
-"""A step of the router's training: forward and backward through the base with 5 of 200 experts, against 5 of 5.
+"""A step of the router's training with 5 of 200 experts, against 5 of 5: its passes through the base, and all of it.
 
     python benchmarks/router_step.py --json router_step.json             the demo's base, one thread: under a minute
     python benchmarks/router_step.py --hidden 64 --layers 2 --rounds 2                                does it run
@@ -12,6 +12,8 @@ base, torch's layers       the base's own pass, with gradients as far as its emb
 base, frozen products      the same without what no gradient needs: the floor of all others
 k of N                     `MultiLora.weighted`: N experts are resident, each group names k of them
 all N at once              what does not choose: one product over all N experts, unwanted ones weighed 0
+whole step, k of N         as a training takes it: scores of 64 candidates at most, the k best, their matched norm,
+                           `weighted`, the gradient's way back, the optimiser; to bring the experts is no part of it
 """
 
 from __future__ import annotations
@@ -25,13 +27,14 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+import numpy as np
 import torch
 from torch import Tensor, nn
 from training_crew import Place, Size, make_base
@@ -42,8 +45,15 @@ from raymerge.models.base import BaseModel
 from raymerge.models.layers import Forward, frozen_weight, linear_modules, shape_of, wrap
 from raymerge.models.multilora import MultiLora
 from raymerge.models.products import frozen_layer
+from raymerge.models.router_passes import Experts
+from raymerge.models.router_settings import Learner, RouterSettings, RouterWatch
+from raymerge.models.router_training import _Training
+from raymerge.models.training.rows import Encoded
+from raymerge.routing.router import Candidates, RouterShape
+from raymerge.routing.similarity import nearest, unit
 
 TARGET = 2.5  # times a step with 5 of 5
+Case = Callable[[], AbstractContextManager[Callable[[], object]]]  # what is timed, in the context that it needs
 
 
 @dataclass(frozen=True)
@@ -154,6 +164,37 @@ def dense_step(step: Step, stacks: dict[str, tuple[Tensor, Tensor]], experts: in
     assert scores.grad is not None
 
 
+class Unwatched(RouterWatch):
+    """Nobody looks."""
+
+
+def training_of(step: Step, experts: list[LoraAdapter], k: int) -> _Training:
+    """A training whose one step of an epoch takes the same rows: each group is a persona with random embeddings."""
+    shape, dice = RouterShape(k=k), np.random.default_rng(3)
+    queries, keys = (unit(dice.normal(size=(count, shape.size))) for count in (step.groups, len(experts)))
+    near = nearest(queries, keys, shape.candidates)
+    chosen = np.stack([one.indices for one in near]).astype(np.int64)
+    cosines = np.stack([one.similarities for one in near]).astype(np.float32)
+    known = Candidates(chosen, cosines, chosen % 8 == np.arange(step.groups)[:, None] % 8)
+    ids = step.ids.cpu().view(step.groups, -1, step.ids.shape[1]).numpy()
+    rows, lengths = ids.shape[1], np.full(ids.shape[1], ids.shape[2])
+    settings = RouterSettings(personas_per_step=step.groups, rows_per_persona=rows)
+    learners = [Learner(f"p{i}", (("w", "w"),) * rows) for i in range(step.groups)]  # whose rows are replaced
+    by_number = Experts(lambda numbers: [experts[i] for i in numbers], lambda number: experts[number].headers)
+    training = _Training(step.base, learners, (queries, keys), known, by_number, shape, settings, Unwatched(), None)
+    training.rows = [Encoded(own, lengths // 2 + 1, lengths) for own in ids]
+    return training
+
+
+@contextmanager
+def whole_step(training: _Training) -> Iterator[Callable[[], object]]:
+    """One step of a training, its experts in memory."""
+    (step,) = training._epoch(0)
+    with training.passes.ready():
+        training._step(step)
+        yield partial(training._step, step)
+
+
 def stacked(base: BaseModel, experts: list[LoraAdapter]) -> dict[str, tuple[Tensor, Tensor]]:
     """A (experts * rank, in) and Bt (experts * rank, out) of each layer."""
     found = {}
@@ -164,36 +205,40 @@ def stacked(base: BaseModel, experts: list[LoraAdapter]) -> dict[str, tuple[Tens
     return found
 
 
-def timed(action: Callable[[], object], cuda: bool) -> float:
-    """Seconds of an action: of the processor, or by the clock until a GPU's kernels are done."""
-    if not cuda:
-        start = time.process_time()
+def timed(case: Case, cuda: bool) -> float:
+    """Seconds of what a case does: of the processor, or by the clock until a GPU's kernels are done."""
+    with case() as action:
+        if not cuda:
+            start = time.process_time()
+            action()
+            return time.process_time() - start
+        torch.cuda.synchronize()
+        start = time.perf_counter()
         action()
-        return time.process_time() - start
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    action()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
 
 
-def make_cases(step: Step, options: argparse.Namespace) -> dict[str, Callable[[], None]]:
+def make_cases(step: Step, options: argparse.Namespace) -> dict[str, Case]:
     """What is timed, by name."""
-    cases: dict[str, Callable[[], None]] = {
+    plain: dict[str, Callable[[], object]] = {
         "base, torch's layers": partial(base_step, step, False),
         "base, frozen products": partial(base_step, step, True),
     }
+    whole: dict[str, Case] = {}
     experts = make_experts(step.base, options.experts, options.rank)
     for count in (options.few, options.experts):
         lora = MultiLora(step.base.model)
         lora.load(experts[:count])
         for k in sorted({options.few, *options.more}):
             if k <= count:
-                cases[f"{k} of {count}"] = partial(weighted_step, step, lora, k)
+                plain[f"{k} of {count}"] = partial(weighted_step, step, lora, k)
         if count == options.few or options.dense:
             stacks = stacked(step.base, experts[:count])
-            cases[f"all {count} at once"] = partial(dense_step, step, stacks, count, options.rank, options.few)
-    return cases
+            plain[f"all {count} at once"] = partial(dense_step, step, stacks, count, options.rank, options.few)
+        training = training_of(step, experts[:count], options.few)
+        whole[f"whole step, {options.few} of {count}"] = partial(whole_step, training)
+    return {**{name: partial(nullcontext, action) for name, action in plain.items()}, **whole}
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
@@ -202,9 +247,9 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     step = make_step(base, options.groups, options.rows, options.tokens)
     cases = make_cases(step, options)
     cuda = options.device == "cuda"
-    for action in cases.values():
-        timed(action, cuda)  # libraries choose their kernels
-    rounds = [{name: timed(action, cuda) for name, action in cases.items()} for _ in range(options.rounds)]
+    for case in cases.values():
+        timed(case, cuda)  # libraries choose their kernels
+    rounds = [{name: timed(case, cuda) for name, case in cases.items()} for _ in range(options.rounds)]
     return {name: statistics.median(taken[name] for taken in rounds) for name in cases}
 
 
@@ -237,11 +282,13 @@ def main() -> None:
         "seconds": measure(options),
     }
     one, floor = f"{options.few} of {options.few}", "base, frozen products"
-    found["ratio"] = found["seconds"][f"{options.few} of {options.experts}"] / found["seconds"][one]
+    many, seconds = f"{options.few} of {options.experts}", found["seconds"]
+    found["ratio"] = seconds[many] / seconds[one]
+    found["whole_ratio"] = seconds[f"whole step, {many}"] / seconds[f"whole step, {one}"]
     rows = f"{options.groups} groups of {options.rows} rows of {options.tokens} tokens"
     print(f"a step of {rows}; base {options.hidden}x{options.layers}, experts of rank {options.rank}")
-    show(found["seconds"], one, floor)
-    print(f"  {options.few} of {options.experts} takes {found['ratio']:.2f} times {one} (at most {TARGET} asked)")
+    show(seconds, one, floor)
+    print(f"  {many} takes {found['ratio']:.2f} times {one} (at most {TARGET} asked); whole {found['whole_ratio']:.2f}")
     print(textwrap.fill(found["command"], 100), found["machine"], sep="\n")
     if options.json:
         options.json.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")

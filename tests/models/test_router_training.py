@@ -286,6 +286,7 @@ def test_offsets_mean_the_same_depths_in_a_merge_where_experts_leave_layers_out(
     world: World, base: BaseModel, make_adapter: Callable[..., LoraAdapter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Layers 0 to 2 of 5: a merge knows of no deeper one, so the third has the last offset."""
+    torch.manual_seed(0)
     deeper = AutoModelForCausalLM.from_config(replace_layers(base.model.config, 5)).eval().requires_grad_(False)
     base = replace(base, model=deeper)
     outside = ("layers.3.", "layers.4.")

@@ -128,7 +128,7 @@ def test_a_router_is_what_its_shape_and_its_training_are_unless_a_project_says(t
         name: value for name, value in elsewhere.items() if name not in of_personas
     }
     assert {name for name, _ in section} - elsewhere.keys() == {
-        "held_out", "trials", "checkpoint_every", "experts_memory",
+        "held_out", "trials", "merge_rank", "checkpoint_every", "experts_memory",
     }  # fmt: skip
 
 

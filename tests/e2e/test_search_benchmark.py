@@ -17,7 +17,7 @@ def test_a_candidate_scores_the_same_merged_by_mergekit_saved_and_loaded(quick_d
     before = compared_files(quick_demo)
     done = subprocess.run(
         [sys.executable, BENCHMARK, "--only", "evolve", "--world", quick_demo, "--out", tmp_path / "out",
-         "--personas", "6", "--candidates", "1", "--trials", "6", "--json", tmp_path / "found.json"],
+         "--personas", "6", "--candidates", "1", "--trials", "3", "--json", tmp_path / "found.json"],
         env=ENVIRONMENT, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

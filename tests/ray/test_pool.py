@@ -14,7 +14,7 @@ import textwrap
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +172,15 @@ def test_a_worker_that_died_while_idle_charges_nobody(folder: Path):
     assert [(o.item_id, o.error, o.attempts) for o in outcomes] == [("first", None, 1), ("a", None, 1), ("b", None, 1)]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C ends this process, also where it was started with the signal ignored, as a background job of a shell is."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_leaves_no_worker(folder: Path):
     pids: list[int] = []
     ended = threading.Event()

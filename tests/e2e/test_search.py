@@ -1,4 +1,4 @@
-"""`raymerge search` in real processes on Ray: killed, gone on with, and submitted."""
+"""`raymerge search` in real processes: killed on Ray, gone on with, and raised in trials."""
 
 import json
 import os

@@ -174,7 +174,7 @@ def test_a_worker_that_died_while_idle_charges_nobody(folder: Path):
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Ctrl-C ends this process, also where it was started with the signal ignored, as a background job of a shell is."""
+    """Ctrl-C ends this process, also one that began with the signal ignored, as a background job of a shell does."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import runpy
 import tomllib
 from pathlib import Path
 
@@ -116,7 +117,12 @@ def test_the_machines_of_cluster_yaml_hold_the_workers_it_tells_to_ask_for(tmp_p
 
 
 @pytest.mark.parametrize("job", sorted((ROOT / "jobs").glob("*.py")), ids=lambda job: job.name)
-def test_jobs_are_thin(job):
+def test_jobs_are_the_commands_of_the_same_name(job, monkeypatch):
+    called = []
+    monkeypatch.setattr("raymerge.cli.main", called.append)
+    monkeypatch.setattr("sys.argv", [str(job), "raymerge.yaml", "--option"])
+    runpy.run_path(str(job), run_name="__main__")
+    assert called == [[job.stem, "raymerge.yaml", "--option"]]
     assert len(job.read_text().splitlines()) <= 60
     assert f"jobs/{job.name}" in job.read_text()
 

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import psutil
-import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -75,7 +74,7 @@ def test_jobs_run_by_submission(head, fresh_world, quick_demo):
     project = fresh_world / "raymerge.yaml"
     told = yaml.safe_load(project.read_text())
     told["hardware"] = {"max_model_workers": 1, "max_merge_workers": 1}  # each takes long to start
-    told["search"] = {"space": {"k": {"min": 2, "max": 5}}, "recipe": "sparse_moe_k5", "smallest": 6, "ranks": [8]}
+    told["search"] = {"ranks": [8]}
     told["router"] = {"epochs": 1, "k": 4, "trials": 2}
     project.write_text(yaml.safe_dump(told))
     os.symlink(quick_demo / "adapters", fresh_world / "adapters")
@@ -86,30 +85,18 @@ def test_jobs_run_by_submission(head, fresh_world, quick_demo):
     for name in made:
         file = f"runs/sparse_moe_k5/adapters/{name}/adapter_model.safetensors"
         assert (fresh_world / file).read_bytes() == (quick_demo / file).read_bytes()
-    evaluated = submit(head, "jobs/evaluate.py", project, "--run", "sparse_moe_k5")
-    assert evaluated.returncode == 0, evaluated.stdout + evaluated.stderr
-    compared = submit(head, "jobs/compare.py", project)
-    assert compared.returncode == 0, compared.stdout + compared.stderr
-    assert (fresh_world / "runs/report.html").exists()
     trained = submit(head, "jobs/train.py", project, "--group-by", "unified")
     assert trained.returncode == 0, trained.stdout + trained.stderr
     assert (fresh_world / "unified/manifest.json").read_bytes() == (quick_demo / "unified/manifest.json").read_bytes()
     run = submit(head, "jobs/run.py", project, "--recipe", "base", "--recipe", "unified")
     assert run.returncode == 0, run.stdout + run.stderr
     assert (fresh_world / "runs/unified/evaluation/summary.json").exists()
-    searched = submit(head, "jobs/search.py", project, "--trials", "3")
-    assert searched.returncode == 0, searched.stdout + searched.stderr
-    trials = pq.read_table(fresh_world / "runs/search/trials.parquet").to_pylist()
-    assert [row["number"] for row in trials] == [0, 1, 2]
-    assert yaml.safe_load((fresh_world / "runs/search/best_recipe.yaml").read_text())
+    assert (fresh_world / "runs/report.html").exists()
     routed = submit(head, "jobs/router.py", project)
     assert routed.returncode == 0, routed.stdout + routed.stderr
     assert len(json.loads((fresh_world / "runs/router/router.json").read_text())["history"]) == 2
     rows = {row["name"] for row in json.loads((fresh_world / "runs/comparison.json").read_text())["rows"]}
-    expected = {
-        f"{winner}{control}" for winner in ("searched", "learned_router") for control in ("", "_random_k", "_unified")
-    }
-    assert expected <= rows
+    assert {"learned_router", "learned_router_random_k", "learned_router_unified"} <= rows
     refused = submit(head, "jobs/merge.py", fresh_world / "absent.yaml")
     assert refused.returncode != 0
     assert "there is no such project file" in refused.stdout + refused.stderr

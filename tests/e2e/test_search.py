@@ -14,7 +14,7 @@ import yaml
 from tests.e2e.conftest import WORLD, kill_with_children, raymerge, start, wait_for
 
 pytestmark = pytest.mark.e2e
-TRIALS = 8
+TRIALS = 6
 
 
 def world_in(folder: Path, demo: Path) -> Path:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from raymerge import storage
 from raymerge.config import Project
@@ -43,7 +44,7 @@ def check_router(project: Project, folder: str | None, what: str) -> None:
 
 def check_embedding(folder: str, kind: str, what: str) -> None:
     """Raise RoutingError if a router was trained on embeddings of another kind than `what` has. kind: in words."""
-    known = storage.read_json(storage.join(folder, CONFIG)).get("embedding", kind)
+    known = record_of(folder).get("embedding", kind)
     if known != kind:
         raise RoutingError(
             f"{what}: the router in {folder} was trained on other embeddings.\nExpected {known}; found {kind}. "
@@ -63,7 +64,18 @@ def read_trained(folder: str) -> Router:
 
 def held_out_of(folder: str) -> frozenset[str]:
     """Personas whom a router took to have no adapter."""
-    return frozenset(storage.read_json(storage.join(folder, CONFIG)).get("held_out", ()))
+    return frozenset(record_of(folder).get("held_out", ()))
+
+
+def record_of(folder: str) -> Mapping[str, Any]:
+    """What a router says of itself, read once: `router.json`. Raises StorageError where it is not there."""
+    return _record(folder, router_digest(folder))
+
+
+@lru_cache(maxsize=4)
+def _record(folder: str, digest: str) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = storage.read_json(storage.join(folder, CONFIG))
+    return found
 
 
 @lru_cache(maxsize=4)

@@ -23,7 +23,7 @@ from raymerge.routing.inputs import RoutingInputs
 from raymerge.routing.similarity import mean_direction, project
 from raymerge.routing.strategies import route
 from raymerge.routing.table import RoutingTable
-from raymerge.runtime.embedding import is_embedded
+from raymerge.runtime.embedding import VECTORS, is_embedded
 from raymerge.runtime.tasks import SketchTask
 
 
@@ -103,7 +103,8 @@ class Placed:
             inputs = replace(inputs, personas=read[0], experts=read[1])
         folder = router_of(self.opened.project, recipe)
         if folder is not None:
-            check_embedding(folder, self._embedding(recipe), f"recipe {recipe.name}")
+            kind = embedding_kind(self.opened) if recipe.embedding is None else FROM_FILE
+            check_embedding(folder, kind, f"recipe {recipe.name}")
             unknown = held_out_of(folder)
             able = [name for name in inputs.experts if name not in unknown]
             inputs = replace(inputs, experts=able, router=read_trained(folder))
@@ -111,9 +112,6 @@ class Placed:
             return inputs
         vectors = read_embeddings(self.opened.project.path(recipe.embedding))
         return replace(inputs, embeddings=vectors, mean=None, centroids=None)
-
-    def _embedding(self, recipe: Recipe) -> str:
-        return embedding_kind(self.opened) if recipe.embedding is None else FROM_FILE
 
     def _nowhere(self, recipe: Recipe, inputs: RoutingInputs) -> set[str]:
         """Personas without an embedding where the recipe needs one, or without a cluster and the texts to find it."""
@@ -217,7 +215,7 @@ def gather_embeddings(opened: Opened, experts: Sequence[str]) -> Embeddings:
             )
         embedded = item.payload.adapters if isinstance(item.payload, SketchTask) else item.payload.names
         if len(known.get("failed", {})) < len(embedded):
-            parts.append(read_embeddings(storage.join(item.payload.folder, "vectors.parquet")))
+            parts.append(read_embeddings(storage.join(item.payload.folder, VECTORS)))
     if not parts:
         raise ProjectError(f"{opened.project.location}: no adapter can be read, so nothing can be routed.")
     names = [name for part in parts for name in part.names]

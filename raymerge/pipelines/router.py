@@ -18,23 +18,22 @@ import numpy as np
 
 from raymerge import storage
 from raymerge.config import Search, parse_size
-from raymerge.errors import AdapterError, PersonaError, ProjectError, RankError, unknown
+from raymerge.errors import AdapterError, PersonaError, ProjectError, unknown
 from raymerge.evaluation.scores import LEARNED
 from raymerge.manifest import read_manifest
-from raymerge.merging.rank import parse_rank
 from raymerge.pipelines.compare import compare_runs, evaluated_runs
 from raymerge.pipelines.job import JobResult, carry_out, finish
-from raymerge.pipelines.learned import read_trained
+from raymerge.pipelines.learned import read_trained, record_of
 from raymerge.pipelines.opening import Opened, base_location, open_project
 from raymerge.pipelines.placing import Placed, Placing, write_if_new
 from raymerge.pipelines.planning import embedding_kind
-from raymerge.pipelines.search import placed_for, pursue, with_settings
+from raymerge.pipelines.search import check_ranks, placed_for, pursue, with_settings
 from raymerge.pipelines.searching import winner
 from raymerge.pipelines.searching.aim import Aim
 from raymerge.pipelines.searching.chosen import Chosen, lines_of
 from raymerge.pipelines.searching.scorer import order_of
 from raymerge.routing.embeddings import encode_embeddings
-from raymerge.routing.router_shape import CONFIG, TUNED
+from raymerge.routing.router_shape import TUNED
 from raymerge.runtime.bases import base_digest
 from raymerge.runtime.connection import connected
 from raymerge.runtime.router_inputs import LABELS, MEAN, VECTORS
@@ -88,10 +87,7 @@ def check(opened: Opened) -> Taught:
     project, section = opened.project, opened.project.router
     opened.need_base(TITLE)
     personas = opened.need_personas(TITLE)
-    try:
-        parse_rank(section.merge_rank)
-    except RankError as error:
-        raise ProjectError(f"{project.location}: router.merge_rank: {error}") from error
+    check_ranks([section.merge_rank], f"{project.location}: router.merge_rank")
     winner.check_names(opened, Aim(project.search, "", run=LEARNED, title=TITLE))
     held_out = held_out_from(opened)
     experts = [name for name in opened.adapters if name not in held_out]
@@ -188,7 +184,7 @@ def aim_of_tuning(opened: Opened, taught: Taught) -> Aim:
     project, section, usual = opened.project, opened.project.router, opened.project.search
     trained = read_trained(project.router_folder())
     recipe: dict[str, Any] = {"strategy": LEARNED, "k": section.k, "rank": section.merge_rank}
-    if (anchor := storage.read_json(storage.join(project.router_folder(), CONFIG))["anchor"]) != "auto":
+    if (anchor := record_of(project.router_folder())["anchor"]) != "auto":
         recipe["anchor"] = anchor
     space: dict[str, Any] = {
         "temperature": {"min": 0.5, "max": 2.0, "log": True},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -124,7 +124,7 @@ def prepare(opened: Opened, aim: Aim | None = None, *, restart: bool, local: boo
     aim = aim or aim_of(project)
     section = aim.section
     opened.need_base(aim.title)
-    _check_ranks(section, project.location)
+    check_ranks(section.ranks, f"{project.location}: search.ranks")
     names = order_of(opened, section, aim.left_out)
     rungs = subset_sizes(section, len(names), project.location)
     expected = space_of(opened, aim, ("cluster_00", "cluster_01"))  # before anything is embedded and labels are known
@@ -209,12 +209,13 @@ def router_asked(opened: Opened, space: Space) -> str | None:
     return place_of(opened.project, space.base.get("router")) if LEARNED in strategies_of(space) else None
 
 
-def _check_ranks(search: Search, where: str) -> None:
-    for rank in search.ranks:
+def check_ranks(ranks: Iterable[Any], where: str) -> None:
+    """Raise ProjectError for what is no rank. where: it is written."""
+    for rank in ranks:
         try:
             parse_rank(rank)
         except RankError as error:
-            raise ProjectError(f"{where}: search.ranks: {error}") from error
+            raise ProjectError(f"{where}: {error}") from error
 
 
 def inputs_digest(opened: Opened, placed: Placed, names: tuple[str, ...], space: Space) -> str:

@@ -30,7 +30,10 @@ def is_embedded(task: EmbedTask | SketchTask, personas: Personas | None) -> bool
         key, _ = _key_of_deltas(task)
         return is_complete(task.folder, key)
     known = read_manifest(task.folder)
-    return known is not None and {name for name, _ in task.adapters} <= {*known["failed"], *_names(task.folder)}
+    if known is None:
+        return False
+    there = {*known["failed"], *read_embeddings(storage.join(task.folder, VECTORS)).names}
+    return {name for name, _ in task.adapters} <= there
 
 
 def embed_to_folder(task: EmbedTask, worker: Any) -> dict[str, Any]:
@@ -78,10 +81,6 @@ def _key_of_deltas(task: SketchTask) -> tuple[str, dict[str, str]]:
         except (AdapterError, ModelError, StorageError) as error:
             digests[name], failed[name] = None, first_line(error)
     return storage.digest_value([task.dimensions, task.seed, digests]), failed
-
-
-def _names(folder: str) -> tuple[str, ...]:
-    return tuple(read_embeddings(storage.join(folder, VECTORS)).names)
 
 
 def _write(folder: str, names: Sequence[str], vectors: NDArray[Any], failed: dict[str, str], key: str) -> None:

@@ -56,7 +56,7 @@ class RouterInputs:
     def anchor(self) -> str:
         """The `anchor` of recipes whose merges measure these experts as their router was taught: `none` where they
         began from several adapters."""
-        return "none" if len({expert.start_digest for expert in self.experts}) > 1 else "auto"
+        return "none" if _have_several_starts(self.experts) else "auto"
 
     @property
     def start(self) -> tuple[str, str] | None:
@@ -100,7 +100,7 @@ def gather_router_inputs(task: RouterTask, personas: Personas, dtype: str) -> Ro
         "dtype": dtype,
         "experts_bytes": task.experts_bytes,
     }
-    notes += _leaks(experts)
+    notes += _notes_of_starts(experts)
     return RouterInputs(shape, settings, space, experts, groups, mean, tuple(notes), storage.digest_value(found))
 
 
@@ -156,13 +156,17 @@ def _digest(expert: Expert, base: str | None) -> list[str]:
     return [expert.digest, base_digest(base_of_dora(expert.name, base))]
 
 
-def _leaks(experts: Sequence[Expert]) -> list[str]:
+def _have_several_starts(experts: Sequence[Expert]) -> bool:
+    return len({expert.start_digest for expert in experts}) > 1
+
+
+def _notes_of_starts(experts: Sequence[Expert]) -> list[str]:
     started = [expert for expert in experts if expert.start is not None]
     if not started:
         return []
-    several = len({expert.start_digest for expert in experts}) > 1
+    several = "experts were started from different adapters: all are measured from the base"
     return [
-        *(["experts were started from different adapters: all are measured from the base"] if several else []),
+        *([several] if _have_several_starts(experts) else []),
         f"{len(started)} of {len(experts)} experts were started from an adapter ({started[0].name} from "
         f"{started[0].start}): what that has learned of a persona's training rows is in all of them, though the "
         "persona's own adapter is hidden from it. Validation rows are not touched by it",

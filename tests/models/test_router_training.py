@@ -467,31 +467,32 @@ def test_rows_that_memory_has_no_room_for_go_in_turn(world: World) -> None:
         torch.testing.assert_close(found.network.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        ("weighted", [
+            "memory runs out at one row of one persona, beside 8 experts (1 MiB).",
+            "CUDA out of memory. Tried to allocate 2 GiB.",
+            "Set router.experts_memory so that fewer experts are in memory at a time, lower router.k, or set "
+            "hardware.dtype to one of fewer bytes; a larger GPU helps too.",
+        ]),
+        ("load", [
+            "8 experts do not fit into memory together.",
+            "CUDA out of memory. Tried to allocate 2 GiB.",
+            "Set router.experts_memory to less than is free, or lower router.candidates.",
+        ]),
+    ],
+)  # fmt: skip
 def test_what_memory_cannot_hold_is_told_with_what_a_router_could_change(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: World, monkeypatch: pytest.MonkeyPatch, method: str, told: list[str]
 ) -> None:
     def run_out(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has ...")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(MultiLora, "weighted", run_out)
-        with pytest.raises(ModelError) as caught:
-            world.train()
-    assert str(caught.value).splitlines() == [
-        "memory runs out at one row of one persona, beside 8 experts (1 MiB).",
-        "CUDA out of memory. Tried to allocate 2 GiB.",
-        "Set router.experts_memory so that fewer experts are in memory at a time, lower router.k, or set "
-        "hardware.dtype to one of fewer bytes; a larger GPU helps too.",
-    ]
-    with monkeypatch.context() as patch:
-        patch.setattr(MultiLora, "load", run_out)
-        with pytest.raises(ModelError) as caught:
-            world.train()
-    assert str(caught.value).splitlines() == [
-        "8 experts do not fit into memory together.",
-        "CUDA out of memory. Tried to allocate 2 GiB.",
-        "Set router.experts_memory to less than is free, or lower router.candidates.",
-    ]
+    monkeypatch.setattr(MultiLora, method, run_out)
+    with pytest.raises(ModelError) as caught:
+        world.train()
+    assert str(caught.value).splitlines() == told
     assert not any("forward" in layer.__dict__ for layer in linear_modules(world.base.model).values())
 
 
